@@ -1,0 +1,22 @@
+"""Pytest set-up: kernels run under Triton's interpreter where there is no GPU, and uninitialised memory is NaN."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+# read by triton when it is first imported, so it is set before any test module is
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+os.environ.pop("FASTLSTM_BACKEND", None)
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory():
+    """Deterministic mode: torch fills what torch.empty and its kin return with NaN, so a hole left by us is seen."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)

@@ -1,0 +1,171 @@
+"""What a layer computes and keeps for its gradients: no more than is asked for, the same twice, and compilable."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import Layer, assert_close, make_layer_inputs, run_lstm
+from torch.utils.flop_counter import FlopCounterMode
+
+from fastlstm.autograd import lstm_backward, lstm_forward
+
+SHAPE = {"I": 7, "H": 5, "lengths": (4, 3, 3)}
+
+
+def backward_flops(layer: Layer, x, hx) -> int:
+    """Count the floating-point operations of the GEMMs around the recurrence in backward."""
+    output, (h_n, c_n) = layer(x, hx)
+    loss = output.sum() + h_n.sum() + c_n.sum()
+    with FlopCounterMode(display=False) as counter:
+        loss.backward()
+    return counter.get_total_flops()
+
+
+def test_only_needed_gradients_are_computed():
+    stock, x, hx = make_layer_inputs(**SHAPE)
+    assert isinstance(x, torch.Tensor)
+    T, B, I = x.shape  # noqa: E741
+    H = SHAPE["H"]
+    dx = dw_ih = 2 * T * B * 4 * H * I
+    dw_hh, dh0 = 2 * T * B * 4 * H * H, 2 * B * 4 * H * H
+
+    def layer_with(*names):
+        layer = Layer(stock)
+        for name, parameter in layer.named_parameters():
+            parameter.requires_grad_(name.split("_l0")[0] in names)
+        return layer
+
+    def wanting(tensor):
+        return tensor.detach().clone().requires_grad_()
+
+    assert backward_flops(layer_with("weight_ih"), x, hx) == dw_ih
+    assert backward_flops(layer_with("weight_hh"), x, hx) == dw_hh
+    assert backward_flops(layer_with("bias_ih"), x, hx) == 0
+    assert backward_flops(layer_with(), wanting(x), hx) == dx
+    assert backward_flops(layer_with(), x, (wanting(hx[0]), hx[1])) == dh0
+    assert backward_flops(layer_with(), x, (hx[0], wanting(hx[1]))) == 0
+    everything = layer_with("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+    assert backward_flops(everything, wanting(x), tuple(map(wanting, hx))) == dx + dw_ih + dw_hh + dh0
+
+
+def test_a_frozen_direction_costs_nothing():
+    stock, x, hx = make_layer_inputs(**SHAPE, D=2)
+    assert isinstance(x, torch.Tensor)
+    T, B, I = x.shape  # noqa: E741
+    layer = Layer(stock)
+    for name, parameter in layer.named_parameters():
+        parameter.requires_grad_("reverse" in name and "weight_ih" in name)
+    assert backward_flops(layer, x, hx) == 2 * T * B * 4 * SHAPE["H"] * I
+
+
+@pytest.mark.parametrize("subset", range(8))
+def test_any_subset_gets_the_same_gradients(subset):
+    stock, x, hx = make_layer_inputs(**SHAPE, P=2, D=2, packed=True)
+    full = run_lstm(Layer(stock), x, hx)
+    layer = Layer(stock)
+    names = [name for name, _ in layer.named_parameters()]
+    kept = {name for index, name in enumerate(names) if (index * 3 + subset) % 8 < 3}
+    for name, parameter in layer.named_parameters():
+        parameter.requires_grad_(name in kept)
+    got = run_lstm(layer, x, hx)
+    assert {name for name in got if name[1:] in names} == {f"d{name}" for name in kept}
+    assert_close(got, {name: full[name] for name in got}, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_nothing_is_saved_without_grad(context):
+    stock, x, hx = make_layer_inputs(**SHAPE)
+    layer = Layer(stock)
+    with context():
+        output, (h_n, c_n) = layer(x, hx)
+    assert all(value.grad_fn is None for value in (output, h_n, c_n))
+    # nor where grad mode is on and nothing asks
+    output, _ = layer.requires_grad_(False)(x, hx)
+    assert output.grad_fn is None
+
+
+@pytest.mark.parametrize(
+    ("dtype", "per_unit"),
+    [(torch.float64, 40), (torch.float32, 20), (torch.bfloat16, 12), (torch.float16, 12)],
+)
+@pytest.mark.parametrize("D", [1, 2])
+def test_saved_bytes_are_those_documented(dtype, per_unit, D):
+    stock, x, hx = make_layer_inputs(**SHAPE, D=D)
+    layer, x, hx = Layer(stock).to(dtype), x.to(dtype), tuple(state.to(dtype) for state in hx)
+    saved = {}
+
+    def pack(tensor):
+        saved[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output, _ = layer(x, hx)
+    held_by_the_caller = {t.data_ptr() for t in (x, *hx, output, *layer.parameters())}
+    N = x.shape[0] * x.shape[1]
+    assert sum(n for pointer, n in saved.items() if pointer not in held_by_the_caller) == N * D * SHAPE["H"] * per_unit
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+def test_two_runs_are_bitwise_equal(packed):
+    stock, x, hx = make_layer_inputs(**SHAPE, D=2, packed=packed, dtype=torch.float32)
+    first, second = (run_lstm(Layer(stock), x, hx) for _ in range(2))
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+
+
+def test_gradients_accumulate_and_retain_graph():
+    stock, x, hx = make_layer_inputs(**SHAPE)
+    layer = Layer(stock)
+    loss = layer(x, hx)[0].square().sum()
+    loss.backward(retain_graph=True)
+    gradients = [parameter.grad for parameter in layer.parameters()]
+    once = [gradient.clone() for gradient in gradients if gradient is not None]
+    loss.backward()
+    for parameter, gradient in zip(layer.parameters(), once, strict=True):
+        torch.testing.assert_close(parameter.grad, 2 * gradient, rtol=0, atol=0)
+    # the two biases have equal gradients, in memory of their own
+    assert len({gradient.data_ptr() for gradient in gradients if gradient is not None}) == 4
+
+
+def op_arguments(D, P, packed, save=True):
+    torch.manual_seed(4)
+    N, B, H = (6, 3, 4) if not packed else (5, 3, 4)
+    batch_sizes = torch.tensor([3, 2]) if packed else None
+    h0, c0 = torch.randn(D, B, P or H), torch.randn(D, B, H)
+    w_hh, w_hr = torch.randn(D, 4 * H, P or H), torch.randn(D, P, H) if P else None
+    forward = (torch.randn(N, D * 4 * H), h0, c0, w_hh, w_hr, batch_sizes, save, "reference")
+    output, h_n, c_n, gates, cells = lstm_forward(*forward)
+    backward = (output, h_n, c_n, gates, cells, c0, w_hh, w_hr, batch_sizes, "reference")
+    return forward, backward
+
+
+@pytest.mark.parametrize(("D", "P", "packed"), [(1, 0, False), (2, 3, True)])
+def test_ops_keep_their_contracts(D, P, packed):
+    forward, backward = op_arguments(D, P, packed)
+    torch.library.opcheck(lstm_forward, forward)
+    torch.library.opcheck(lstm_forward, op_arguments(D, P, packed, save=False)[0])
+    torch.library.opcheck(lstm_backward, backward)
+
+
+# dynamo instantiates the Function itself (torch 2.13)
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+def test_compiles_without_breaks_and_without_recompiling_for_lengths(packed):
+    torch._dynamo.reset()
+    stock, x, hx = make_layer_inputs(**SHAPE, D=2, packed=packed)
+    layer = Layer(stock)
+    # dynamo does not return a PackedSequence, so what is compiled takes its data and batch sizes
+    layer.run = torch.compile(layer.run, fullgraph=True, backend="aot_eager", dynamic=True)
+    assert_close(run_lstm(layer, x, hx), run_lstm(stock, x, hx), dtype=torch.float64)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for lengths in ((9, 5, 3), (12, 12, 2)):
+            _, x, hx = make_layer_inputs(I=7, H=5, lengths=lengths, D=2, packed=packed)
+            assert_close(run_lstm(layer, x, hx), run_lstm(stock, x, hx), dtype=torch.float64)
+
+
+def test_exports_as_one_node():
+    stock, x, hx = make_layer_inputs(**SHAPE, dtype=torch.float32)
+    program = torch.export.export(Layer(stock).requires_grad_(False), (x, hx))
+    targets = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+    assert sum("fastlstm" in target for target in targets) == 1
+    torch.testing.assert_close(program.module()(x, hx)[0], stock(x, hx)[0])

@@ -1,0 +1,175 @@
+"""The oracle itself: float64 against nn.LSTM, gradcheck, and its hand-written backward against autograd."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import LENGTHS, TOLERANCES, Layer, assert_close, make_layer_inputs, relative_error, run_lstm
+from torch.nn.utils.rnn import PackedSequence
+
+from fastlstm import reference
+from fastlstm.autograd import lstm_layer
+
+
+# stock warns that oneDNN has no projection; ours must not
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+@pytest.mark.parametrize("D", [1, 2])
+@pytest.mark.parametrize("P", [0, 3])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
+@pytest.mark.parametrize(("I", "H", "lengths"), [(4, 5, LENGTHS), (1, 4, (1,)), (7, 33, (1, 1, 1)), (3, 8, (9,))])
+def test_float64_equals_stock(I, H, lengths, bias, P, D, packed):  # noqa: E741
+    stock, x, hx = make_layer_inputs(I, H, P, D, bias, lengths, packed)
+    assert_close(run_lstm(Layer(stock), x, hx), run_lstm(stock, x, hx), dtype=torch.float64)
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+@pytest.mark.parametrize(("D", "P"), [(1, 0), (2, 5)])
+def test_other_dtypes_are_as_good_as_stock(dtype, packed, D, P):
+    stock, x, hx = make_layer_inputs(12, 20, P, D, lengths=(15, 9, 9, 3), packed=packed)
+    truth = run_lstm(stock, x, hx)
+    hx = tuple(state.to(dtype) for state in hx)
+    x = x._replace(data=x.data.to(dtype)) if isinstance(x, PackedSequence) else x.to(dtype)
+    assert_close(run_lstm(Layer(stock).to(dtype), x, hx), truth, run_lstm(stock.to(dtype), x, hx), dtype=dtype)
+
+
+def flat_inputs(D, P, bias, packed, lengths=(3, 2, 2), I=3, H=2):  # noqa: E741
+    stock, x, hx = make_layer_inputs(I, H, P, D, bias, lengths, packed)
+    rows = (x.data if isinstance(x, PackedSequence) else x).reshape(-1, I)
+    weights = [tensor for direction in Layer(stock).weights() for tensor in direction]
+    batch_sizes = x.batch_sizes if isinstance(x, PackedSequence) else None
+    tensors = [rows, *hx, *(w for w in weights if w is not None)]
+    present = [w is not None for w in weights]
+
+    def layer(x, h0, c0, *given):
+        given = iter(given)
+        flat = [next(given) if there else None for there in present]
+        directions = [tuple(flat[5 * d : 5 * d + 5]) for d in range(D)]
+        return lstm_layer(x, h0, c0, directions, batch_sizes, "reference")  # pyright: ignore
+
+    return layer, [tensor.detach().requires_grad_() for tensor in tensors]
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+@pytest.mark.parametrize(("D", "P", "bias"), [(1, 0, True), (2, 0, True), (1, 1, False), (2, 1, True)])
+def test_gradcheck(D, P, bias, packed):
+    layer, inputs = flat_inputs(D, P, bias, packed)
+    assert torch.autograd.gradcheck(layer, inputs, fast_mode=False)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+@pytest.mark.parametrize(("D", "P", "bias"), [(1, 0, True), (2, 1, False)])
+def test_gradgradcheck(D, P, bias, packed):
+    layer, inputs = flat_inputs(D, P, bias, packed, lengths=(2, 1), I=1)
+    assert torch.autograd.gradgradcheck(layer, inputs, fast_mode=False)
+
+
+def test_double_backward_counts_each_path_once():
+    """h0 computed from x: the path through h0 belongs to the caller's graph, not to this layer's."""
+    layer, (x, _, c0, *weights) = flat_inputs(1, 0, True, False)
+
+    def loss(x):
+        return layer(x, x[:3, :2].unsqueeze(0), c0, *weights)[0].square().sum()
+
+    assert torch.autograd.gradgradcheck(loss, [x])
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+@pytest.mark.parametrize(("D", "P"), [(1, 0), (2, 0), (2, 3)])
+def test_backward_equals_autograd_of_the_differentiable_form(D, P, packed):
+    torch.manual_seed(2)
+    B, H = 3, 5
+    batch_sizes = torch.tensor([3, 3, 2, 1]) if packed else None
+    N = 9 if packed else 12
+    gates_x = torch.randn(N, D * 4 * H, dtype=torch.float64, requires_grad=True)
+    h0 = torch.randn(D, B, P or H, dtype=torch.float64)
+    c0 = torch.randn(D, B, H, dtype=torch.float64, requires_grad=True)
+    w_hh = torch.randn(D, 4 * H, P or H, dtype=torch.float64)
+    w_hr = torch.randn(D, P, H, dtype=torch.float64) if P else None
+
+    expected = reference.lstm_differentiable(gates_x, h0, c0, w_hh, w_hr, batch_sizes)
+    *results, gates, cells = reference.lstm_forward(gates_x.detach(), h0, c0.detach(), w_hh, w_hr, batch_sizes, True)
+    names = ("output", "h_n", "c_n")
+    assert_close(dict(zip(names, results, strict=True)), dict(zip(names, expected, strict=True)), dtype=torch.float64)
+
+    d_output, dh_n, dc_n = cotangents = tuple(torch.randn_like(value) for value in expected)
+    d_gates_x, dc0 = torch.autograd.grad(expected, (gates_x, c0), cotangents)
+    got = reference.lstm_backward(d_output, dh_n, dc_n, gates, cells, c0.detach(), w_hh, w_hr, batch_sizes)[:2]
+    assert_close({"dgates": got[0], "dc0": got[1]}, {"dgates": d_gates_x, "dc0": dc0}, dtype=torch.float64)
+
+
+def test_saved_tensors_are_the_activated_gates_and_cells():
+    H = 2
+    gates_x = torch.tensor([[0.1, -0.2, 0.3, 0.4, -0.5, 0.6, 0.7, -0.8]], dtype=torch.float64)
+    h0, c0 = torch.zeros(1, 1, H, dtype=torch.float64), torch.tensor([[[0.5, -1.5]]], dtype=torch.float64)
+    w_hh = torch.zeros(1, 4 * H, H, dtype=torch.float64)
+    output, _, c_n, gates, cells = reference.lstm_forward(gates_x, h0, c0, w_hh, None, None, True)
+    i, f, o = gates_x[:, :2].sigmoid(), gates_x[:, 2:4].sigmoid(), gates_x[:, 6:].sigmoid()
+    g = gates_x[:, 4:6].tanh()
+    torch.testing.assert_close(gates, torch.cat((i, f, g, o), 1), rtol=0, atol=1e-15)
+    torch.testing.assert_close(cells, f * c0[0] + i * g, rtol=0, atol=1e-15)
+    torch.testing.assert_close(output, o * cells.tanh(), rtol=0, atol=1e-15)
+    assert torch.equal(c_n[0], cells)
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCES))
+def test_without_save_the_results_are_the_same_and_nothing_is_kept(dtype):
+    torch.manual_seed(3)
+    args = (torch.randn(6, 20), torch.randn(1, 3, 5), torch.randn(1, 3, 5), torch.randn(1, 20, 5))
+    gates_x, h0, c0, w_hh = (tensor.to(dtype) for tensor in args)
+    saving = reference.lstm_forward(gates_x, h0, c0, w_hh, None, None, True)
+    saving_nothing = reference.lstm_forward(gates_x, h0, c0, w_hh, None, None, False)
+    for kept, result in zip(saving[:3], saving_nothing[:3], strict=True):
+        assert torch.equal(kept, result)
+    assert [t.numel() for t in saving_nothing[3:]] == [0, 0]
+    assert saving[3].dtype == dtype
+    assert saving[4].dtype == reference.accumulation_dtype(dtype)
+
+
+@pytest.mark.parametrize("magnitude", [100.0, float("inf")])
+def test_saturated_gates_are_finite(magnitude):
+    gates_x = torch.tensor([[magnitude, -magnitude, magnitude, magnitude], [-magnitude] * 4])
+    zeros, w_hh = torch.zeros(1, 1, 1), torch.ones(1, 4, 1)
+    output, h_n, c_n, gates, cells = reference.lstm_forward(gates_x, zeros, zeros, w_hh, None, None, True)
+    dgates, dc0 = reference.lstm_backward(
+        torch.ones(2, 1), torch.ones(1, 1, 1), torch.ones(1, 1, 1), gates, cells, zeros, w_hh, None, None
+    )[:2]
+    for value in (output, h_n, c_n, gates, cells, dgates, dc0):
+        assert value.isfinite().all()
+    assert gates[0].tolist() == pytest.approx([1, 0, 1, 1], abs=1e-30)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("batch_sizes", [None, [4, 4, 2, 1, 1], [1], [3, 3], [2, 1]])
+def test_previous_and_first_rows(batch_sizes, reverse):
+    sizes = batch_sizes or [3, 3, 3, 3]
+    B = sizes[0]
+    rows = {(t, b): row for row, (t, b) in enumerate((t, b) for t, n in enumerate(sizes) for b in range(n))}
+    values = torch.arange(len(rows)).unsqueeze(1) * 1.0
+    initial = -1.0 - torch.arange(B).unsqueeze(1)
+    packed = None if batch_sizes is None else torch.tensor(batch_sizes)
+    step = 1 if reverse else -1
+    expected = [rows.get((t + step, b), -1 - b) for t, b in rows]
+    assert reference.previous(values, initial, packed, reverse).squeeze(1).tolist() == expected
+    lengths = [sum(n > b for n in sizes) for b in range(B)]
+    first = [rows[lengths[b] - 1 if reverse else 0, b] for b in range(B)]
+    assert reference.first_rows(values, B, packed, reverse).squeeze(1).tolist() == first
+
+
+def test_uninitialised_memory_is_nan():
+    assert torch.empty(3).isnan().all()
+    assert torch.ones(3).new_empty(3).isnan().all()
+
+
+def test_assert_close_notices():
+    """The suite's own judge: a wrong value, a NaN, a missing name and a wrong shape are all seen."""
+    truth = {"output": torch.ones(3, dtype=torch.float64)}
+    assert_close({"output": torch.ones(3)}, truth, dtype=torch.float32)
+    for wrong in (torch.tensor([1, 1, 1 + 1e-4]), torch.tensor([1, 1, float("nan")]), torch.ones(4)):
+        with pytest.raises(AssertionError, match="output"):
+            assert_close({"output": wrong}, truth, dtype=torch.float32)
+    with pytest.raises(AssertionError, match="names differ"):
+        assert_close({}, truth, dtype=torch.float32)
+    assert relative_error(torch.tensor([33.0]), torch.tensor([30.0])) == pytest.approx(0.1)
