@@ -1,8 +1,9 @@
 """One LSTM layer with gradients: the custom ops, and the autograd Function that wraps them.
 
-The recurrence is an opaque op for torch.compile and torch.export (`fastlstm::lstm_forward` and `lstm_backward`);
-everything around it is plain torch over the whole sequence: the input GEMM before it and, in backward, the GEMMs
-that turn dgates into the gradients of the input, the weights, the biases and h0.
+For torch.compile and torch.export a layer is one opaque op, `fastlstm::lstm_forward`: the input GEMM over the whole
+sequence, then the recurrence. `fastlstm::lstm_backward` is the recurrence's adjoint; the GEMMs that turn its dgates
+into the gradients of the input, the weights, the biases and h0 are plain torch, one over all rows for each gradient
+that is asked for.
 """
 
 from __future__ import annotations
@@ -46,8 +47,7 @@ def lstm_layer(
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, h0, c0, *flat)):
         output, h_n, c_n, _, _ = LSTMFunction.apply(x, h0, c0, batch_sizes, backend, *flat)  # pyright: ignore
         return output, h_n, c_n
-    w_hh, w_hr = _recurrent_weights(flat)
-    output, h_n, c_n, _, _ = lstm_forward(_gates_x(x, flat), h0, c0, w_hh, w_hr, batch_sizes, False, backend)
+    output, h_n, c_n, _, _ = lstm_forward(x, h0, c0, *_by_kind(flat), batch_sizes, False, backend)
     return output, h_n, c_n
 
 
@@ -59,8 +59,7 @@ class LSTMFunction(torch.autograd.Function):
         x: Tensor, h0: Tensor, c0: Tensor, batch_sizes: Tensor | None, backend: str, *flat: Tensor | None
     ) -> tuple[Tensor, ...]:
         """Return what `lstm_layer` does, and the activated gates and cells for backward."""
-        w_hh, w_hr = _recurrent_weights(flat)
-        return lstm_forward(_gates_x(x, flat), h0, c0, w_hh, w_hr, batch_sizes, True, backend)
+        return lstm_forward(x, h0, c0, *_by_kind(flat), batch_sizes, True, backend)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -73,14 +72,19 @@ class LSTMFunction(torch.autograd.Function):
         x, h0, c0, batch_sizes, backend, *flat = inputs
         rows, _, _, gates, cells = output
         ctx.mark_non_differentiable(gates, cells)
+        ctx.set_materialize_grads(False)  # no zeros in the size of the gates
         ctx.save_for_backward(x, h0, c0, batch_sizes, rows, gates, cells, *flat)
         ctx.backend = backend
 
     @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor) -> tuple:
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple:
         """Return the gradient of each input that needs one."""
         x, h0, c0, batch_sizes, output, gates, cells, *flat = ctx.saved_tensors
-        d_output, dh_n, dc_n, _, _ = cotangents
+        forms = (output, h0, c0)
+        d_output, dh_n, dc_n = (
+            torch.zeros_like(form) if cotangent is None else cotangent
+            for cotangent, form in zip(cotangents, forms, strict=False)
+        )
         needs_x, needs_h0, needs_c0, _, _, *needs_flat = ctx.needs_input_grad
         needs = (needs_x, needs_h0, needs_c0, *needs_flat)
         if torch.is_grad_enabled():
@@ -101,16 +105,15 @@ def _backward(
     backend: str,
 ) -> list[Tensor | None]:
     """Run the recurrence's adjoint, then one GEMM over all rows for each gradient that is needed."""
-    d_output, dh_n, _ = cotangents
     x, h0, c0, *flat = inputs
     output, gates, cells = saved
     needs_x, needs_h0, needs_c0, *needs_flat = needs
     D, B, P = h0.shape
     H = c0.shape[2]
-    w_hh, w_hr = _recurrent_weights(flat)
-    dgates, dc0 = lstm_backward(*cotangents, gates, cells, c0, w_hh, w_hr, batch_sizes, backend)
+    w_ih, _, w_hh, w_hr = _by_kind(flat)
+    dgates, dc0, dh = lstm_backward(*cotangents, gates, cells, c0, w_hh, w_hr, batch_sizes, backend)
 
-    dx = dgates @ torch.cat(flat[::5]) if needs_x else None
+    dx = dgates @ w_ih if needs_x else None
     dh0 = torch.empty_like(h0) if needs_h0 else None
     dflat: list[Tensor | None] = []
     for d in range(D):
@@ -130,10 +133,7 @@ def _backward(
         if needs_w_hr:
             o = gates[:, (4 * d + 3) * H : (4 * d + 4) * H]
             m = o * cells[:, d * H : (d + 1) * H].tanh().to(o.dtype)
-            # h_t is used by the output, by the step after it and, at the end, by h_n
-            dh = d_output[:, d * P : (d + 1) * P]
-            dh = dh + reference.previous(dgates_d @ w_hh[d], dh_n[d], batch_sizes, not reverse)
-            dw_hr = dh.t() @ m
+            dw_hr = dh[:, d * P : (d + 1) * P].t() @ m
         dflat += [dw_ih, dw_hh, db if needs_b_ih else None, db if needs_b_hh else None, dw_hr]
     return [dx, dh0, dc0 if needs_c0 else None, *dflat]
 
@@ -148,24 +148,18 @@ def _differentiable_backward(
     # aliases: a path from one input to another outside this layer must not be counted
     aliases: list[Any] = [None if t is None else t.view_as(t) for t in inputs]
     x, h0, c0, *flat = aliases
-    w_hh, w_hr = _recurrent_weights(flat)
-    outputs = reference.lstm_differentiable(_gates_x(x, flat), h0, c0, w_hh, w_hr, batch_sizes)
+    w_ih, bias, w_hh, w_hr = _by_kind(flat)
+    outputs = reference.lstm_differentiable(F.linear(x, w_ih, bias), h0, c0, w_hh, w_hr, batch_sizes)
     wanted = [alias for alias, needed in zip(aliases, needs, strict=True) if needed and alias is not None]
     gradients = iter(torch.autograd.grad(outputs, wanted, cotangents, create_graph=True, allow_unused=True))
     return [next(gradients) if needed else None for needed in needs]
 
 
-def _gates_x(x: Tensor, flat: Sequence[Tensor | None]) -> Tensor:
-    """Return the input's part of the gates, both biases in it, for all rows and directions: [N, D*4H]."""
-    bias = None
-    if flat[2] is not None:
-        bias = _cat(flat[2::5]) + _cat(flat[3::5])
-    return F.linear(x, _cat(flat[::5]), bias)
-
-
-def _recurrent_weights(flat: Sequence[Tensor | None]) -> tuple[Tensor, Tensor | None]:
-    """Return w_hh [D, 4H, P] and w_hr [D, P, H] or None."""
-    return _stack(flat[1::5]), None if flat[4] is None else _stack(flat[4::5])
+def _by_kind(flat: Sequence[Any]) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+    """Return the directions' weights together: w_ih [D*4H, I], b_ih + b_hh [D*4H], w_hh [D, 4H, P], w_hr [D, P, H]."""
+    w_ih, w_hh, b_ih, b_hh, w_hr = (flat[kind::5] for kind in range(5))
+    bias = None if b_ih[0] is None else _cat(b_ih) + _cat(b_hh)
+    return _cat(w_ih), bias, _stack(w_hh), None if w_hr[0] is None else _stack(w_hr)
 
 
 def _cat(tensors: Sequence[Any]) -> Tensor:
@@ -187,30 +181,34 @@ def _implementation(backend: str) -> ModuleType:
 
 @torch.library.custom_op("fastlstm::lstm_forward", mutates_args=())
 def lstm_forward(
-    gates_x: Tensor,
+    x: Tensor,
     h0: Tensor,
     c0: Tensor,
+    w_ih: Tensor,
+    bias: Tensor | None,
     w_hh: Tensor,
     w_hr: Tensor | None,
     batch_sizes: Tensor | None,
     save: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Run the recurrence of one layer: `reference.lstm_forward` says what it takes and returns."""
+    """Run one layer: the input GEMM x [N, I] -> [N, D*4H], then `reference.lstm_forward` says what."""
+    gates_x = F.linear(x, w_ih, bias)
     return _implementation(backend).lstm_forward(gates_x, h0, c0, w_hh, w_hr, batch_sizes, save)
 
 
 @lstm_forward.register_fake
-def _(gates_x, h0, c0, w_hh, w_hr, batch_sizes, save, backend):
-    N = gates_x.shape[0]
-    D, _, P = h0.shape
+def _(x, h0, c0, w_ih, bias, w_hh, w_hr, batch_sizes, save, backend):
+    N = x.shape[0]
+    D, B, P = h0.shape
     H = c0.shape[2]
+    cells_dtype = reference.accumulation_dtype(x.dtype)
     return (
-        gates_x.new_empty(N, D * P),
-        torch.empty_like(h0, memory_format=torch.contiguous_format),
-        torch.empty_like(c0, memory_format=torch.contiguous_format),
-        gates_x.new_empty(gates_x.shape if save else 0),
-        gates_x.new_empty((N, D * H) if save else 0, dtype=reference.accumulation_dtype(gates_x.dtype)),
+        x.new_empty(N, D * P),
+        x.new_empty(D, B, P),
+        x.new_empty(D, B, H),
+        x.new_empty((N, D * 4 * H) if save else 0),
+        x.new_empty((N, D * H) if save else 0, dtype=cells_dtype),
     )
 
 
@@ -226,7 +224,7 @@ def lstm_backward(
     w_hr: Tensor | None,
     batch_sizes: Tensor | None,
     backend: str,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Run the adjoint of the recurrence: `reference.lstm_backward` says what it takes and returns."""
     implementation = _implementation(backend)
     return implementation.lstm_backward(d_output, dh_n, dc_n, gates, cells, c0, w_hh, w_hr, batch_sizes)
@@ -234,4 +232,5 @@ def lstm_backward(
 
 @lstm_backward.register_fake
 def _(d_output, dh_n, dc_n, gates, cells, c0, w_hh, w_hr, batch_sizes, backend):
-    return torch.empty_like(gates), torch.empty_like(c0, memory_format=torch.contiguous_format)
+    dh = d_output.new_empty(0 if w_hr is None else d_output.shape)
+    return gates.new_empty(gates.shape), c0.new_empty(c0.shape), dh

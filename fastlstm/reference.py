@@ -44,7 +44,8 @@ def lstm_forward(
     """Run the recurrence over all steps.
 
     Args:
-        gates_x: [N, D*4H], x W_ih^T + b_ih + b_hh; N rows as the module docstring lays out.
+        gates_x: [N, D*4H], x W_ih^T + b_ih + b_hh; N rows as the module docstring lays out. Overwritten: the
+            activated gates take its place, so that a layer in training holds one such buffer and not two.
         h0: [D, B, P] (P is H without projection).
         c0: [D, B, H].
         w_hh: [D, 4H, P].
@@ -58,46 +59,43 @@ def lstm_forward(
     """
     D, B, P = h0.shape
     H = c0.shape[2]
+    N = len(gates_x)
     dtype = accumulation_dtype(gates_x.dtype)
     sizes = _sizes(gates_x, B, batch_sizes)
-    gates_x = gates_x.to(dtype)
+    gates = gates_x.to(dtype)
 
-    output = torch.empty(len(gates_x), D * P, dtype=h0.dtype, device=h0.device)
-    gates = gates_x.new_empty(gates_x.shape) if save else gates_x.new_empty(0)
-    cells = gates_x.new_empty(len(gates_x), D * H) if save else gates_x.new_empty(0)
+    output = h0.new_empty(N, D * P)
+    cells = gates.new_empty((N, D * H) if save else 0)
     h_n = h0.to(dtype, copy=True)
     c_n = c0.to(dtype, copy=True)
-    scratch = None if save else gates_x.new_empty(B, 4 * H)
-    m = gates_x.new_empty(B, H)
+    m_buffer = gates.new_empty(B, H)
 
     for d in range(D):
         w_hh_t = w_hh[d].to(dtype).t()
         w_hr_t = None if w_hr is None else w_hr[d].to(dtype).t()
-        gates_x_steps = _steps(gates_x, d, 4 * H, sizes)
+        gates_steps = _steps(gates, d, 4 * H, sizes)
         output_steps = _steps(output, d, P, sizes)
-        gates_steps = _steps(gates, d, 4 * H, sizes) if save else ()
         cells_steps = _steps(cells, d, H, sizes) if save else ()
-        h, c, tanh_c = h_n[d], c_n[d], m
+        h, c, m = h_n[d], c_n[d], m_buffer
         for t in _order(len(sizes), d):
             n = sizes[t]
             if n != len(h):
-                h, c, tanh_c = h_n[d, :n], c_n[d, :n], m[:n]
-            a = gates_steps[t] if scratch is None else scratch[:n]
+                h, c, m = h_n[d, :n], c_n[d, :n], m_buffer[:n]
 
-            torch.addmm(gates_x_steps[t], h, w_hh_t, out=a)
-            i_f, g, o = a.split((2 * H, H, H), 1)
+            i_f, g, o = gates_steps[t].addmm_(h, w_hh_t).split((2 * H, H, H), 1)
             i, f = i_f.sigmoid_().chunk(2, 1)
             c.mul_(f).addcmul_(i, g.tanh_())
-            torch.tanh(c, out=tanh_c)
+            torch.tanh(c, out=m)
 
             if w_hr_t is None:
-                torch.mul(o.sigmoid_(), tanh_c, out=h)
+                torch.mul(o.sigmoid_(), m, out=h)
             else:
-                torch.mm(tanh_c.mul_(o.sigmoid_()), w_hr_t, out=h)
+                torch.mm(m.mul_(o.sigmoid_()), w_hr_t, out=h)
             output_steps[t].copy_(h)
             if save:
                 cells_steps[t].copy_(c)
-    return output, h_n.to(h0.dtype), c_n.to(h0.dtype), gates.to(h0.dtype), cells
+    gates = gates_x.copy_(gates) if save else gates_x.new_empty(0)  # a copy onto itself costs nothing
+    return output, h_n.to(h0.dtype), c_n.to(h0.dtype), gates, cells
 
 
 def lstm_backward(
@@ -110,7 +108,7 @@ def lstm_backward(
     w_hh: Tensor,
     w_hr: Tensor | None,
     batch_sizes: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Run the adjoint of `lstm_forward`, back through the steps.
 
     Only what the recurrence alone can give is computed here: every other gradient is one GEMM over all rows of
@@ -128,13 +126,15 @@ def lstm_backward(
         batch_sizes: as in `lstm_forward`.
 
     Returns:
-        dgates [N, D*4H], the gradient of the pre-activations (and so of `gates_x`), and dc0 [D, B, H].
+        dgates [N, D*4H], the gradient of the pre-activations; dc0 [D, B, H]; and with a projection dh [N, D*P], the
+        whole gradient of h_t (from the output, from the step after and, at the end, from h_n), else size 0.
     """
     D, B, H = c0.shape
     P = dh_n.shape[2]
     dtype = cells.dtype
     sizes = _sizes(gates, B, batch_sizes)
-    dgates = torch.empty(gates.shape, dtype=dtype, device=gates.device)
+    dgates = gates.new_empty(gates.shape, dtype=dtype)
+    dh_rows = d_output.new_empty(0 if w_hr is None else d_output.shape)
     dh_n = dh_n.to(dtype, copy=True)
     dc_n = dc_n.to(dtype, copy=True)
 
@@ -146,16 +146,17 @@ def lstm_backward(
 
         # all that does not depend on dh and dc, for all rows at once; the loop multiplies it in place
         da_i, da_f, da_g, da_o = dgates[:, d * 4 * H : (d + 1) * 4 * H].chunk(4, 1)
-        torch.mul(g * i, 1 - i, out=da_i)
-        torch.mul(c_prev * f, 1 - f, out=da_f)
-        torch.mul(i, 1 - g * g, out=da_g)
-        torch.mul(tanh_c * o, 1 - o, out=da_o)
-        dc_dm = tanh_c.square_().neg_().add_(1).mul_(o)
+        torch.addcmul(i, i, i, value=-1, out=da_i).mul_(g)  # g i (1 - i)
+        torch.addcmul(f, f, f, value=-1, out=da_f).mul_(c_prev)  # c_prev f (1 - f)
+        torch.addcmul(i, i, torch.mul(g, g, out=da_g), value=-1, out=da_g)  # i (1 - g^2)
+        torch.addcmul(o, o, o, value=-1, out=da_o).mul_(tanh_c)  # tanh_c o (1 - o)
+        dc_dm = torch.addcmul(o, o, tanh_c.square_(), value=-1, out=tanh_c)  # o (1 - tanh_c^2)
 
         w_hh_d = w_hh[d].to(dtype)
         w_hr_d = None if w_hr is None else w_hr[d].to(dtype)
         d_output_steps = _steps(d_output, d, P, sizes)
         dgates_steps = _steps(dgates, d, 4 * H, sizes)
+        dh_steps = () if w_hr is None else _steps(dh_rows, d, P, sizes)
         f_steps = f.split(sizes)
         dc_dm_steps = dc_dm.split(sizes)
         dh, dc = dh_n[d], dc_n[d]
@@ -164,17 +165,19 @@ def lstm_backward(
             if n != len(dh):
                 dh, dc = dh_n[d, :n], dc_n[d, :n]
 
-            dh.add_(d_output_steps[t])
-            dm = dh if w_hr_d is None else torch.mm(dh, w_hr_d)
+            dm = dh.add_(d_output_steps[t])
+            if w_hr_d is not None:
+                dh_steps[t].copy_(dh)
+                dm = torch.mm(dh, w_hr_d)
             dc.addcmul_(dm, dc_dm_steps[t])
 
-            da = dgates_steps[t].view(n, 4, H)
-            da[:, :3].mul_(dc.unsqueeze(1))
-            da[:, 3].mul_(dm)
+            da_ifg, da_o = dgates_steps[t].split((3 * H, H), 1)
+            da_ifg.unflatten(1, (3, H)).mul_(dc.unsqueeze(1))
+            da_o.mul_(dm)
 
             dc.mul_(f_steps[t])
             torch.mm(dgates_steps[t], w_hh_d, out=dh)
-    return dgates.to(gates.dtype), dc_n.to(c0.dtype)
+    return dgates.to(gates.dtype), dc_n.to(c0.dtype), dh_rows
 
 
 def lstm_differentiable(

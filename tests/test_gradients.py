@@ -129,11 +129,12 @@ def test_gradients_accumulate_and_retain_graph():
 
 def op_arguments(D, P, packed, save=True):
     torch.manual_seed(4)
-    N, B, H = (6, 3, 4) if not packed else (5, 3, 4)
+    N, B, I, H = (6, 3, 2, 4) if not packed else (5, 3, 2, 4)  # noqa: E741
     batch_sizes = torch.tensor([3, 2]) if packed else None
-    h0, c0 = torch.randn(D, B, P or H), torch.randn(D, B, H)
-    w_hh, w_hr = torch.randn(D, 4 * H, P or H), torch.randn(D, P, H) if P else None
-    forward = (torch.randn(N, D * 4 * H), h0, c0, w_hh, w_hr, batch_sizes, save, "reference")
+    x, h0, c0 = torch.randn(N, I), torch.randn(D, B, P or H), torch.randn(D, B, H)
+    w_ih, bias, w_hh = torch.randn(D * 4 * H, I), torch.randn(D * 4 * H), torch.randn(D, 4 * H, P or H)
+    w_hr = torch.randn(D, P, H) if P else None
+    forward = (x, h0, c0, w_ih, bias, w_hh, w_hr, batch_sizes, save, "reference")
     output, h_n, c_n, gates, cells = lstm_forward(*forward)
     backward = (output, h_n, c_n, gates, cells, c0, w_hh, w_hr, batch_sizes, "reference")
     return forward, backward

@@ -90,7 +90,9 @@ def test_backward_equals_autograd_of_the_differentiable_form(D, P, packed):
     w_hr = torch.randn(D, P, H, dtype=torch.float64) if P else None
 
     expected = reference.lstm_differentiable(gates_x, h0, c0, w_hh, w_hr, batch_sizes)
-    *results, gates, cells = reference.lstm_forward(gates_x.detach(), h0, c0.detach(), w_hh, w_hr, batch_sizes, True)
+    *results, gates, cells = reference.lstm_forward(
+        gates_x.detach().clone(), h0, c0.detach(), w_hh, w_hr, batch_sizes, True
+    )
     names = ("output", "h_n", "c_n")
     assert_close(dict(zip(names, results, strict=True)), dict(zip(names, expected, strict=True)), dtype=torch.float64)
 
@@ -105,7 +107,7 @@ def test_saved_tensors_are_the_activated_gates_and_cells():
     gates_x = torch.tensor([[0.1, -0.2, 0.3, 0.4, -0.5, 0.6, 0.7, -0.8]], dtype=torch.float64)
     h0, c0 = torch.zeros(1, 1, H, dtype=torch.float64), torch.tensor([[[0.5, -1.5]]], dtype=torch.float64)
     w_hh = torch.zeros(1, 4 * H, H, dtype=torch.float64)
-    output, _, c_n, gates, cells = reference.lstm_forward(gates_x, h0, c0, w_hh, None, None, True)
+    output, _, c_n, gates, cells = reference.lstm_forward(gates_x.clone(), h0, c0, w_hh, None, None, True)
     i, f, o = gates_x[:, :2].sigmoid(), gates_x[:, 2:4].sigmoid(), gates_x[:, 6:].sigmoid()
     g = gates_x[:, 4:6].tanh()
     torch.testing.assert_close(gates, torch.cat((i, f, g, o), 1), rtol=0, atol=1e-15)
@@ -119,8 +121,8 @@ def test_without_save_the_results_are_the_same_and_nothing_is_kept(dtype):
     torch.manual_seed(3)
     args = (torch.randn(6, 20), torch.randn(1, 3, 5), torch.randn(1, 3, 5), torch.randn(1, 20, 5))
     gates_x, h0, c0, w_hh = (tensor.to(dtype) for tensor in args)
-    saving = reference.lstm_forward(gates_x, h0, c0, w_hh, None, None, True)
-    saving_nothing = reference.lstm_forward(gates_x, h0, c0, w_hh, None, None, False)
+    saving = reference.lstm_forward(gates_x.clone(), h0, c0, w_hh, None, None, True)
+    saving_nothing = reference.lstm_forward(gates_x.clone(), h0, c0, w_hh, None, None, False)
     for kept, result in zip(saving[:3], saving_nothing[:3], strict=True):
         assert torch.equal(kept, result)
     assert [t.numel() for t in saving_nothing[3:]] == [0, 0]
