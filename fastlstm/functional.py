@@ -1,0 +1,307 @@
+"""The functional LSTM: checks, routing, and the loops over layers that the chosen backend needs.
+
+`lstm` is the stateless form for users. `forward` is what it shares with the module: it brings any input (batched,
+unbatched, batch_first, packed in any order) and any hx into one form, asks `dispatch.decide` which code should run,
+runs it, and gives the result back in the form of the input. Both speak torch's own words in their errors.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+from torch.nn.utils.rnn import PackedSequence
+
+from fastlstm import autograd, checks, cpu, dispatch
+from fastlstm.checks import Network, States
+
+# torch._VF looks the op up on every call
+_stock_lstm: Any = torch._VF.lstm  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@dataclass
+class Stateless:
+    """A Network without a module: the arguments of `lstm`, or an LSTMCell seen as one layer and one step."""
+
+    input_size: int
+    hidden_size: int
+    proj_size: int
+    num_layers: int
+    bias: bool
+    batch_first: bool
+    dropout: float
+    bidirectional: bool
+    training: bool
+    backend: str
+
+    def weights_for_cudnn(self, weights: list[Tensor]) -> list[Tensor]:
+        """Return copies: the caller's tensors stay where they are."""
+        return flat_copies(self, weights)
+
+
+def lstm(
+    input: Tensor | PackedSequence,
+    hx: States | None,
+    params: Sequence[Tensor],
+    has_biases: bool = True,
+    num_layers: int = 1,
+    dropout: float = 0.0,
+    train: bool = False,
+    bidirectional: bool = False,
+    batch_first: bool = False,
+    *,
+    backend: str = "auto",
+) -> tuple[Tensor | PackedSequence, States]:
+    """Run an LSTM on weights that the caller holds: `fastlstm.LSTM` without the module.
+
+    The arguments are those of `torch._VF.lstm`, in its order; what is returned is what `nn.LSTM` returns. The sizes
+    input_size I, hidden_size H and, where there is a projection, proj_size P (otherwise P is H) are read from
+    `params`. D is 2 if `bidirectional`, otherwise 1.
+
+    Args:
+        input: [T, B, I], or [B, T, I] if `batch_first`, or [T, I] for one sequence, or a PackedSequence.
+        hx: (h_0 [num_layers*D, B, P], c_0 [num_layers*D, B, H]), without B for one sequence; None for zeros. Rows
+            are in the order of the batch before packing.
+        params: for each layer, and in it for each direction, weight_ih [4H, I] (from layer 1 on [4H, D*P]),
+            weight_hh [4H, P], then bias_ih [4H] and bias_hh [4H] if `has_biases`, then weight_hr [P, H] if there
+            is a projection: the order of `nn.LSTM.parameters()`. All share the input's dtype and device.
+        has_biases: whether `params` holds biases.
+        num_layers: how many layers are stacked.
+        dropout: probability of zeroing an element between layers, if `train`.
+        train: whether dropout is active. Gradients do not depend on it.
+        bidirectional: whether each layer also runs backwards in time.
+        batch_first: whether the batch is the first dimension of input and output (not of hx).
+        backend: "auto", "reference", "triton" or "torch", as for `fastlstm.LSTM`.
+
+    Returns:
+        (output, (h_n, c_n)): output [T, B, D*P] in the form of `input`, h_n and c_n in the shapes of hx.
+
+    Raises:
+        RuntimeError: a size, dtype or device disagrees with the others, or the backend cannot run here.
+        ValueError: `input` has neither 2 nor 3 dimensions or another dtype than `params`, `dropout` is no
+            probability, `params` holds the wrong number of tensors, or `backend` is unknown.
+
+    Example:
+        >>> import torch, fastlstm
+        >>> stock = torch.nn.LSTM(3, 4, num_layers=2)
+        >>> x = torch.randn(5, 2, 3)
+        >>> output, (h_n, c_n) = fastlstm.lstm(x, None, list(stock.parameters()), num_layers=2)
+        >>> output.shape, h_n.shape
+        (torch.Size([5, 2, 4]), torch.Size([2, 2, 4]))
+        >>> torch.allclose(output, stock(x)[0], atol=1e-6)
+        True
+    """
+    if not 0 <= dropout <= 1:
+        raise ValueError(f"dropout should be a number in range [0, 1], got {dropout}")
+    weights = list(params)
+    I, H, P = checks.sizes_of(weights, has_biases, num_layers, bidirectional)  # noqa: E741
+    network = Stateless(I, H, P, num_layers, has_biases, batch_first, dropout, bidirectional, bool(train), backend)
+    return forward(network, weights, input, hx)
+
+
+def forward(
+    network: Network, weights: list[Tensor], input: Tensor | PackedSequence, hx: States | None
+) -> tuple[Any, States]:
+    """Run `network` with `weights` (torch's flat order) over any form of input: what `nn.LSTM.forward` does."""
+    data, batch_sizes, states, decision = prepare(network, weights, input, hx)
+    if decision.backend == "torch":
+        output, h_n, c_n = _run_stock(network, weights, data, batch_sizes, states, decision.problem.training)
+    else:
+        output, h_n, c_n = _run_layers(network, weights, data, batch_sizes, states, decision.backend)
+
+    if isinstance(input, PackedSequence):
+        _, batch_sizes, sorted_indices, unsorted_indices = input
+        output = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
+        return output, permute((h_n, c_n), unsorted_indices)
+    if input.dim() == 2:
+        return output.squeeze(0 if network.batch_first else 1), (h_n.squeeze(1), c_n.squeeze(1))
+    return output, (h_n, c_n)
+
+
+def prepare(
+    network: Network, weights: list[Tensor], input: Tensor | PackedSequence, hx: States | None
+) -> tuple[Tensor, Tensor | None, States, dispatch.Decision]:
+    """Check a call, bring it into one form and decide who runs it.
+
+    Returns:
+        data: [T, B, I] ([B, T, I] if batch_first), or the rows [N, I] of a packed batch.
+        batch_sizes: of a packed batch, otherwise None.
+        states: (h0 [L*D, B, P], c0 [L*D, B, H]), rows in the order of `data`.
+        decision: which backend runs it.
+    """
+    if isinstance(input, PackedSequence):
+        data, batch_sizes, order, _ = input
+        T, B = len(batch_sizes), int(batch_sizes[0])
+        runs = len(batch_sizes.unique_consecutive())
+        checks.check_input(network, weights, data, batch_sizes)
+    else:
+        dims = input.dim()
+        if dims != 3 and dims != 2:
+            raise ValueError(f"LSTM: Expected input to be 2D or 3D, got {dims}D instead")
+        data, batch_sizes, order, runs = input, None, None, 0
+        if dims == 2:
+            data = input.unsqueeze(0 if network.batch_first else 1)
+        if hx is not None:
+            hx = checks.batched_states(hx, dims)
+        checks.check_input(network, weights, data, None)
+        T, B, _ = data.shape
+        if network.batch_first:
+            T, B = B, T
+        if T == 0:
+            raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+
+    if hx is None:
+        states = _zero_states(network, data, B)
+    else:
+        checks.check_states(network, hx, B, data)
+        states = permute(hx, order)
+    return data, batch_sizes, states, _decide(network, weights, data, states, T, B, runs)
+
+
+def permute(hx: States, order: Tensor | None) -> States:
+    """Return hx with its rows in another order."""
+    if order is None:
+        return hx
+    return hx[0].index_select(1, order), hx[1].index_select(1, order)
+
+
+def flat_copies(network: Network, weights: list[Tensor]) -> list[Tensor]:
+    """Return differentiable copies of the weights in the one buffer that cuDNN reads.
+
+    Without it ATen makes the same copy inside the op on every call, and warns about it.
+    """
+    copies = [weight.clone() for weight in weights]
+    flatten(network, copies)
+    return copies
+
+
+def flatten(network: Network, weights: list[Tensor]) -> None:
+    """Move the storage of each weight into one buffer in cuDNN's layout, as `nn.RNNBase` does; values stay."""
+    names = ("input_size", "hidden_size", "proj_size", "num_layers", "bias", "batch_first", "bidirectional")
+    sizes = {name: getattr(network, name) for name in names}
+    holder: Any = SimpleNamespace(mode="LSTM", _flat_weights=weights, _flat_weights_names=weights, **sizes)
+    nn.RNNBase.flatten_parameters(holder)
+
+
+def _zero_states(network: Network, data: Tensor, B: int) -> States:
+    rows = network.num_layers * (2 if network.bidirectional else 1)
+    c0 = data.new_zeros((rows, B, network.hidden_size))
+    return (data.new_zeros((rows, B, network.proj_size)) if network.proj_size else c0), c0
+
+
+def _decide(
+    network: Network, weights: list[Tensor], data: Tensor, states: States, T: int, B: int, runs: int
+) -> dispatch.Decision:
+    """Ask dispatch who runs this call."""
+    training = torch.is_grad_enabled() and (
+        data.requires_grad or any(w.requires_grad for w in weights) or any(s.requires_grad for s in states)
+    )
+    sizes = (T, B, network.input_size, network.hidden_size, network.proj_size, network.num_layers)
+    D = 2 if network.bidirectional else 1
+    backend = network.backend
+    if torch.compiler.is_compiling():
+        # one opaque op a layer: the loop is never unrolled, and nothing here makes a guard on T or B
+        problem = dispatch.Problem(*sizes, D, data.dtype, training, runs)
+        device = dispatch.Device(data.device.type, data.device.type)
+        chosen = "triton" if backend == "triton" else "reference"
+        return dispatch.Decision(chosen, "compiled", "torch.compile is tracing.", problem, device)
+    override = os.environ.get("FASTLSTM_BACKEND") if backend == "auto" else None
+    dtype = _autocast_dtype(data)
+    autocast = dtype is not None
+    return _decision(backend, override, autocast, data.device, *sizes, D, dtype or data.dtype, training, runs)
+
+
+@functools.lru_cache(maxsize=4096)
+def _decision(
+    backend: str, override: str | None, autocast: bool, device: torch.device, *problem: Any
+) -> dispatch.Decision:
+    """Decide once for each kind of call; `override` is FASTLSTM_BACKEND, which `decide` reads itself."""
+    decision = dispatch.decide(dispatch.Problem(*problem), dispatch.device_of(device), backend)
+    if autocast and device.type == "cpu" and backend == "auto" and not override:
+        reason = "Under autocast on a CPU, stock's own op settles which results are in which dtype."
+        return replace(decision, backend="torch", regime="stock", reason=reason)
+    return decision
+
+
+def _autocast_dtype(data: Tensor) -> torch.dtype | None:
+    """Return the dtype that autocast asks for on the device of `data`, or None; it leaves float64 alone."""
+    if not torch._C._is_any_autocast_enabled() or not torch.is_autocast_enabled(data.device.type):
+        return None
+    return None if data.dtype == torch.float64 else torch.get_autocast_dtype(data.device.type)
+
+
+def _run_stock(
+    network: Network,
+    weights: list[Tensor],
+    data: Tensor,
+    batch_sizes: Tensor | None,
+    states: States,
+    training: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Call stock's own op for the whole network."""
+    train, dropout = network.training, network.dropout
+    if data.is_cuda:
+        weights = network.weights_for_cudnn(weights)
+        states = (states[0].contiguous(), states[1].contiguous())  # cuDNN refuses other strides
+        if training and not train:
+            # cuDNN saves for backward in training mode only; without dropout the two modes compute the same
+            train, dropout = True, 0.0
+    flags = (network.bias, network.num_layers, dropout, train, network.bidirectional)
+    if batch_sizes is None:
+        return _stock_lstm(data, states, weights, *flags, network.batch_first)
+    return _stock_lstm(data, batch_sizes, states, weights, *flags)
+
+
+def _run_layers(
+    network: Network,
+    weights: list[Tensor],
+    data: Tensor,
+    batch_sizes: Tensor | None,
+    states: States,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run layer after layer over rows, with dropout between them."""
+    if (dtype := _autocast_dtype(data)) is not None:
+        weights = [w.to(dtype) for w in weights]
+        states = (states[0].to(dtype), states[1].to(dtype))
+        with torch.autocast(data.device.type, enabled=False):
+            return _run_layers(network, weights, data.to(dtype), batch_sizes, states, backend)
+    checks.check_alike(data, states, weights)
+    h0, c0 = states
+    L, D = network.num_layers, 2 if network.bidirectional else 1
+    directions = [_direction(group) for group in checks.groups(weights, L * D)]
+    dense = batch_sizes is None
+    time_first = data.transpose(0, 1) if dense and network.batch_first else data
+    rows = time_first.flatten(0, 1) if dense else data
+
+    last_states = []
+    for first in range(0, L * D, D):
+        layer = slice(first, first + D)
+        arguments = (rows, h0[layer], c0[layer], directions[layer])
+        if backend == "onednn" and batch_sizes is not None:
+            rows, *last = cpu.lstm_layer(*arguments, batch_sizes)
+        else:
+            rows, *last = autograd.lstm_layer(*arguments, batch_sizes, backend)
+        last_states.append(last)
+        if network.dropout and network.training and first + D < L * D:
+            rows = F.dropout(rows, network.dropout)
+    h_n, c_n = (torch.cat(layers) if L > 1 else layers[0] for layers in zip(*last_states, strict=True))
+    if not dense:
+        return rows, h_n, c_n
+    output = rows.view(*time_first.shape[:2], rows.shape[1])
+    return output.transpose(0, 1) if network.batch_first else output, h_n, c_n
+
+
+def _direction(group: Sequence[Tensor]) -> autograd.DirectionWeights:
+    """Return the weights of one direction as `lstm_layer` takes them, None for those that are missing."""
+    w_ih, w_hh, *rest = group
+    b_ih, b_hh = rest[:2] if len(rest) >= 2 else (None, None)
+    w_hr = rest[-1] if len(rest) % 2 else None
+    return w_ih, w_hh, b_ih, b_hh, w_hr
