@@ -1,0 +1,252 @@
+"""From tensors to launches: allocate the results, pick a plan, run the recurrence, add the projection around it.
+
+`lstm_forward` and `lstm_backward` have the signatures of `fastlstm.reference.forward` and `.backward`. Triton is
+imported when this module is; nothing else in the package imports it.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import triton
+from torch import Tensor
+
+from ..dispatch import Device, Plan, Problem, choose, device_of
+from ..reference import previous
+from .backward_resident import backward_resident
+from .backward_stepwise import backward_stepwise
+from .forward_resident import forward_resident
+from .forward_stepwise import forward_stepwise
+
+
+def lstm_forward(
+    gates_x: Tensor,
+    h0: Tensor,
+    c0: Tensor,
+    w_hh: Tensor,
+    w_hr: Tensor | None,
+    batch_sizes: Tensor | None,
+    save: bool,
+    plan: Plan | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Run one layer's recurrence, all directions in one call.
+
+    Args:
+        gates_x: [N, D*4H], x W_ih^T + b_ih + b_hh. Overwritten: the activated gates take its place.
+        h0: [D, B, P]; P is H without projection.
+        c0: [D, B, H].
+        w_hh: [D, 4H, P].
+        w_hr: [D, P, H] or None.
+        batch_sizes: CPU int64 [T] of a packed batch, None for a dense one (N = T * B).
+        save: whether to return gates and cells for `lstm_backward`.
+        plan: layout of the kernels; None asks `dispatch.choose`.
+
+    Returns:
+        output [N, D*P], h_n [D, B, P], c_n [D, B, H], gates [N, D*4H], cells [N, D*H] in float32; the last two are
+        empty unless `save`.
+    """
+    if w_hr is None:
+        return _forward(gates_x, h0, c0, w_hh, batch_sizes, save, plan)
+    # h = m W_hr^T, so the recurrence runs on m with W_eff = W_hh W_hr; h0 has no m and enters step 0's gates
+    B = h0.shape[1]
+    for direction, first in enumerate(_first_rows(gates_x.shape[0], B, h0.shape[0], batch_sizes)):
+        columns = slice(direction * w_hh.shape[1], (direction + 1) * w_hh.shape[1])
+        gates_x[first.to(gates_x.device), columns] += h0[direction] @ w_hh[direction].T
+    m0 = torch.zeros_like(c0)
+    m, m_n, c_n, gates, cells = _forward(gates_x, m0, c0, torch.bmm(w_hh, w_hr), batch_sizes, save, plan)
+    output = torch.einsum("ndh,dph->ndp", m.view(m.shape[0], *c0.shape[::2]), w_hr).flatten(1)
+    return output, torch.bmm(m_n, w_hr.mT), c_n, gates, cells
+
+
+def lstm_backward(
+    d_output: Tensor,
+    dh_n: Tensor,
+    dc_n: Tensor,
+    gates: Tensor,
+    cells: Tensor,
+    c0: Tensor,
+    w_hh: Tensor,
+    w_hr: Tensor | None,
+    batch_sizes: Tensor | None,
+    plan: Plan | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run one layer's recurrence back, all directions in one call.
+
+    Args:
+        d_output: [N, D*P].
+        dh_n: [D, B, P].
+        dc_n: [D, B, H].
+        gates: [N, D*4H], as `lstm_forward` saved them.
+        cells: [N, D*H] float32, likewise.
+        c0: [D, B, H].
+        w_hh: [D, 4H, P].
+        w_hr: [D, P, H] or None.
+        batch_sizes: CPU int64 [T] of a packed batch, None for a dense one.
+        plan: layout of the kernels; None asks `dispatch.choose`.
+
+    Returns:
+        dgates [N, D*4H], the gradient of the pre-activations; dc0 [D, B, H]; and with a projection dh [N, D*P], the
+        whole gradient of h_t, else size 0.
+    """
+    if w_hr is None:
+        dgates, dc0 = _backward(d_output, dh_n, dc_n, gates, cells, c0, w_hh, batch_sizes, plan)
+        return dgates, dc0, d_output.new_empty(0)
+    D, P, H = w_hr.shape
+    dm = torch.einsum("ndp,dph->ndh", d_output.reshape(-1, D, P), w_hr).flatten(1)
+    w_eff = torch.bmm(w_hh, w_hr)
+    dgates, dc0 = _backward(dm, torch.bmm(dh_n, w_hr), dc_n, gates, cells, c0, w_eff, batch_sizes, plan)
+    # h_t is used by the output, by the step after it (before it in time, for direction 1) and, at the end, by h_n
+    dh = d_output.clone()
+    for d in range(D):
+        from_step_after = dgates[:, d * 4 * H : (d + 1) * 4 * H] @ w_hh[d]
+        dh[:, d * P : (d + 1) * P] += previous(from_step_after, dh_n[d], batch_sizes, reverse=d == 0)
+    return dgates, dc0, dh
+
+
+def _forward(gates_x, h0, c0, w_hh, batch_sizes, save, plan):
+    """`lstm_forward` without projection."""
+    D, B, H = c0.shape
+    N, dtype = gates_x.shape[0], gates_x.dtype
+    T = _steps(N, B, batch_sizes)
+    gates_x, h0, c0, w_hh = (tensor.contiguous() for tensor in (gates_x, h0, c0, w_hh))
+    output = gates_x.new_empty(N, D * H)
+    # each element is read and written by one program, which cannot know what to write before it has read
+    gates = gates_x if save else gates_x.new_empty(0)
+    cells = gates_x.new_empty((N, D * H) if save else 0, dtype=torch.float32)
+    if N == 0:
+        return output, h0.clone(), c0.clone(), gates, cells
+
+    device = device_of(c0.device)
+    plan = plan or choose(Problem(T, B, H, H, D=D, dtype=dtype), device, backward=False)
+    lengths, offsets = _rows_of(batch_sizes, B, c0.device)
+    shared = {
+        "gates_x_ptr": gates_x,
+        "w_hh_ptr": w_hh,
+        "output_ptr": output,
+        "gates_ptr": gates,
+        "cells_ptr": cells,
+        "lengths_ptr": lengths,
+        "offsets_ptr": offsets,
+        "T": T,
+        "B": B,
+        "H": H,
+        "PRECISION": precision(dtype, device),
+        "SAVE": save,
+        "VARLEN": batch_sizes is not None,
+        **_layout(plan),
+    }
+    with _device_guard(c0.device):
+        if plan.regime == "resident":
+            h_n, c_n = torch.empty_like(h0), torch.empty_like(c0)
+            grid = (triton.cdiv(B, plan.BLOCK_B), D)
+            forward_resident[grid](**shared, h0_ptr=h0, c0_ptr=c0, h_n_ptr=h_n, c_n_ptr=c_n)
+        else:
+            # a program reads all of h and writes its own units, so h takes turns between two buffers
+            h_in, h_n = h0, torch.empty_like(h0)
+            spare = torch.empty_like(h0)
+            c = c0.float() if dtype != torch.float32 else c0.clone()
+            grid = (triton.cdiv(H, plan.BLOCK_H), triton.cdiv(B, plan.BLOCK_B), D)
+            for s in range(T):
+                forward_stepwise[grid](**shared, h_in_ptr=h_in, h_out_ptr=h_n, c_ptr=c, s=s)
+                h_in, h_n, spare = h_n, spare, h_n
+            h_n, c_n = h_in, c.to(dtype)
+    return output, h_n, c_n, gates, cells
+
+
+def _backward(d_output, dh_n, dc_n, gates, cells, c0, w_hh, batch_sizes, plan):
+    """`lstm_backward` without projection."""
+    D, B, H = c0.shape
+    N, dtype = gates.shape[0], gates.dtype
+    T = _steps(N, B, batch_sizes)
+    d_output, dh_n, dc_n, c0, w_hh = (tensor.contiguous() for tensor in (d_output, dh_n, dc_n, c0, w_hh))
+    dgates = torch.empty_like(gates)
+    if N == 0:
+        return dgates, dc_n.clone()
+
+    device = device_of(c0.device)
+    plan = plan or choose(Problem(T, B, H, H, D=D, dtype=dtype), device, backward=True)
+    lengths, offsets = _rows_of(batch_sizes, B, c0.device)
+    shared = {
+        "d_output_ptr": d_output,
+        "dh_n_ptr": dh_n,
+        "gates_ptr": gates,
+        "cells_ptr": cells,
+        "c0_ptr": c0,
+        "w_hh_ptr": w_hh,
+        "dgates_ptr": dgates,
+        "lengths_ptr": lengths,
+        "offsets_ptr": offsets,
+        "T": T,
+        "B": B,
+        "H": H,
+        "PRECISION": precision(dtype, device),
+        "VARLEN": batch_sizes is not None,
+        **_layout(plan),
+    }
+    with _device_guard(c0.device):
+        if plan.regime == "resident":
+            dc0 = torch.empty_like(c0)
+            backward_resident[(triton.cdiv(B, plan.BLOCK_B), D)](**shared, dc_n_ptr=dc_n, dc0_ptr=dc0)
+        else:
+            dc = dc_n.float() if dtype != torch.float32 else dc_n.clone()
+            grid = (triton.cdiv(H, plan.BLOCK_H), triton.cdiv(B, plan.BLOCK_B), D)
+            for s in range(T):
+                backward_stepwise[grid](**shared, dc_ptr=dc, s=s)
+            dc0 = dc.to(dtype)
+    return dgates, dc0
+
+
+def precision(dtype: torch.dtype, device: Device) -> str:
+    """Return `input_precision` of the dots: TF32 where torch would let cuDNN's RNNs use it, as it does by default."""
+    if dtype != torch.float32 or device.kind != "cuda":
+        return "ieee"
+    # torch >= 2.9 has a setting for each operator, and refuses to name one for all where they differ
+    rnn = getattr(torch.backends.cudnn, "rnn", None)
+    allowed = torch.backends.cudnn.allow_tf32 if rnn is None else rnn.fp32_precision == "tf32"
+    return "tf32" if allowed else "ieee"
+
+
+def _layout(plan: Plan) -> dict[str, int]:
+    """Return a plan's keyword arguments to a launch."""
+    layout = {
+        "BLOCK_H": plan.BLOCK_H,
+        "BLOCK_B": plan.BLOCK_B,
+        "num_warps": plan.num_warps,
+        "num_stages": plan.num_stages,
+    }
+    return layout if plan.regime == "resident" else {**layout, "BLOCK_K": plan.BLOCK_K}
+
+
+def _steps(N: int, B: int, batch_sizes: Tensor | None) -> int:
+    """Return T."""
+    if batch_sizes is not None:
+        return batch_sizes.numel()
+    return N // B if B else 0
+
+
+def _rows_of(batch_sizes: Tensor | None, B: int, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+    """Return where a packed batch keeps its rows: lengths [B] int32 and offsets [T] int64, on `device`."""
+    if batch_sizes is None:
+        return None, None
+    # row b is active while batch_sizes[t] > b, and batch_sizes falls
+    lengths = torch.searchsorted(-batch_sizes, -torch.arange(B), out_int32=True)
+    offsets = batch_sizes.cumsum(0) - batch_sizes
+    return lengths.to(device, non_blocking=True), offsets.to(device, non_blocking=True)
+
+
+def _first_rows(N: int, B: int, D: int, batch_sizes: Tensor | None) -> list[Tensor]:
+    """Return, for each direction, the rows [B] of gates_x that its first steps read."""
+    b = torch.arange(B)
+    last = N - B + b
+    if batch_sizes is not None:
+        lengths, offsets = _rows_of(batch_sizes, B, torch.device("cpu"))
+        assert lengths is not None
+        assert offsets is not None
+        last = offsets[lengths.long() - 1] + b
+    return [b, last][:D]
+
+
+def _device_guard(device: torch.device) -> AbstractContextManager:
+    """Make `device` the current one: Triton launches on the current device, not on its arguments'."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

@@ -1,0 +1,256 @@
+"""The Triton kernels against the float64 reference: under the interpreter on a CPU, natively where there is a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import assert_close
+from torch import Tensor
+
+from fastlstm import reference
+from fastlstm.dispatch import Device, Plan, Problem, choose, interpreting
+
+triton = pytest.importorskip("triton")
+
+from fastlstm.kernels import launch  # noqa: E402
+
+H100 = Device("cuda", "sm_90")
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+FORWARD = ("output", "h_n", "c_n", "gates", "cells")
+BACKWARD = ("dgates", "dc0", "dh")
+
+
+@pytest.fixture(
+    params=[
+        pytest.param("cpu", marks=pytest.mark.skipif(not interpreting(), reason="TRITON_INTERPRET is not set")),
+        pytest.param(
+            "cuda",
+            marks=[
+                pytest.mark.gpu,
+                pytest.mark.skipif(not torch.cuda.is_available() or interpreting(), reason="needs a GPU"),
+            ],
+        ),
+    ]
+)
+def device(request) -> torch.device:
+    return torch.device(request.param)
+
+
+@pytest.fixture(params=["resident", "stepwise"])
+def regime(request) -> str:
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def _full_float32(monkeypatch: pytest.MonkeyPatch):
+    """Hold float32 to its own tolerance: TF32 has a tenth of its digits."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+class Run:
+    """A layer's recurrence with random inputs, to run by any implementation.
+
+    Args:
+        H: hidden size.
+        lengths: length of each row; dense unless `packed`, and then of the longest.
+        dtype: of every tensor.
+        D: directions.
+        P: projection size, 0 for none.
+        packed: whether `lengths` count.
+    """
+
+    def __init__(self, H, lengths, dtype, D=2, P=0, packed=False):
+        T, B, hidden = max(lengths), len(lengths), P or H
+        self.batch_sizes = torch.tensor([sum(n > t for n in lengths) for t in range(T)]) if packed else None
+        N = sum(lengths) if packed else T * B
+        generator = torch.Generator().manual_seed(H + B)
+
+        def draw(*shape):
+            return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+        self.gates_x = draw(N, D * 4 * H)
+        self.h0, self.c0 = draw(D, B, hidden), draw(D, B, H)
+        self.w_hh = draw(D, 4 * H, hidden) / H**0.5
+        self.w_hr = draw(D, P, H) / H**0.5 if P else None
+        self.cotangents = [draw(N, D * hidden), draw(D, B, hidden), draw(D, B, H)]
+
+    def plan(self, regime: str, backward: bool) -> Plan:
+        """What an H100 would run; any size will do for the stepwise kernels."""
+        _, B, H = self.c0.shape
+        size = H if regime == "resident" else 1024
+        plan = choose(Problem(1, B, size, size, dtype=self.c0.dtype), H100, backward)
+        assert plan.regime == regime
+        return plan
+
+    def to(self, *args) -> tuple[list[Tensor | None], list[Tensor]]:
+        """Return copies of what forward takes and of the cotangents, in another dtype or on another device."""
+        inputs = (self.gates_x, self.h0, self.c0, self.w_hh, self.w_hr)
+        copies = [None if tensor is None else tensor.to(*args, copy=True) for tensor in inputs]
+        return copies, [tensor.to(*args, copy=True) for tensor in self.cotangents]
+
+    def by_reference(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        inputs, cotangents = self.to(dtype)
+        forward = reference.lstm_forward(*inputs, self.batch_sizes, True)  # pyright: ignore
+        results: dict[str, Tensor] = dict(zip(FORWARD, forward, strict=True))
+        backward = reference.lstm_backward(*cotangents, *forward[3:], *inputs[2:], self.batch_sizes)  # pyright: ignore
+        return results | dict(zip(BACKWARD, backward, strict=True))
+
+    def by_kernels(self, regime: str, device: torch.device) -> dict[str, Tensor]:
+        inputs, cotangents = self.to(device)
+        plans = self.plan(regime, False), self.plan(regime, True)
+        forward = launch.lstm_forward(*inputs, self.batch_sizes, True, plans[0])  # pyright: ignore
+        results = {name: tensor.clone() for name, tensor in zip(FORWARD, forward, strict=True)}
+        saved = (*forward[3:], *inputs[2:])
+        backward = launch.lstm_backward(*cotangents, *saved, self.batch_sizes, plans[1])  # pyright: ignore
+        results |= dict(zip(BACKWARD, backward, strict=True))
+        return {name: tensor.cpu() for name, tensor in results.items()}
+
+    def check(self, regime: str, device: torch.device) -> dict[str, Tensor]:
+        """Assert that the kernels are as near the float64 truth as plain torch in the same dtype; return theirs."""
+        dtype = self.c0.dtype
+        results = self.by_kernels(regime, device)
+        assert_close(results, self.by_reference(torch.float64), self.by_reference(dtype), dtype=dtype)
+        for name, tensor in results.items():
+            assert tensor.dtype == (torch.float32 if name == "cells" else dtype), name
+        # the state is never rounded to 16 bit
+        assert dtype == torch.float32 or not torch.equal(results["cells"], results["cells"].to(dtype).float())
+        return results
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("H", "B", "T"), [(1, 1, 1), (5, 3, 7), (20, 17, 2), (33, 3, 2)])
+def test_dense(H, B, T, dtype, regime, device):
+    Run(H, [T] * B, dtype).check(regime, device)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("H", "lengths"),
+    [(5, (7, 5, 5, 2, 1)), (20, (3,) * 7 + (2,) * 4 + (1,) * 6), (33, (2, 1))],
+    ids=["runs", "tiles", "units"],
+)
+def test_packed(H, lengths, dtype, regime, device):
+    Run(H, lengths, dtype, packed=True).check(regime, device)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+@pytest.mark.parametrize("D", [1, 2])
+def test_projection(D, packed, regime, device):
+    Run(6, (4, 2, 2), torch.float32, D, P=3, packed=packed).check(regime, device)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+def test_without_save_the_results_are_the_same_bits(packed, regime, device):
+    run = Run(5, (3, 2, 1), torch.float16, packed=packed)
+    saved = run.by_kernels(regime, device)
+    inputs, _ = run.to(device)
+    results = launch.lstm_forward(*inputs, run.batch_sizes, False, run.plan(regime, False))  # pyright: ignore
+    for name, tensor in zip(FORWARD[:3], results, strict=False):
+        assert torch.equal(tensor.cpu(), saved[name]), name
+    assert [tensor.numel() for tensor in results[3:]] == [0, 0]
+
+
+def test_two_runs_are_bitwise_equal(regime, device):
+    run = Run(20, (5, 4, 4, 1), torch.bfloat16, packed=True)
+    first, second = run.by_kernels(regime, device), run.by_kernels(regime, device)
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name
+
+
+# the interpreter computes exp(100) with numpy, which warns of what the kernels rely on
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp")
+@pytest.mark.parametrize("value", [100.0, float("inf")])
+def test_saturated_gates(value, regime, device):
+    run = Run(5, (3, 3, 3), torch.float32)
+    signs = torch.randint(0, 3, run.gates_x.shape, generator=torch.Generator().manual_seed(0))
+    run.gates_x[signs == 0] = value
+    run.gates_x[signs == 1] = -value
+    results = run.check(regime, device)
+    assert all(tensor.isfinite().all() for tensor in results.values())
+
+
+def test_rows_are_independent(regime, device):
+    run = Run(5, (4, 3, 3, 2), torch.float32, packed=True)
+    clean = run.by_kernels(regime, device)
+    run.c0[:, 1] = float("nan")
+    poisoned = run.by_kernels(regime, device)
+    assert poisoned["c_n"][:, 1].isnan().all()
+    others = [0, 2, 3]
+    for name in ("h_n", "c_n", "dc0"):
+        assert torch.equal(poisoned[name][:, others], clean[name][:, others]), name
+
+
+def test_any_stride(regime, device):
+    run = Run(5, (2, 2, 2), torch.float32)
+    expected = run.by_kernels(regime, device)
+    run.h0, run.c0 = (state.transpose(0, 1).contiguous().transpose(0, 1) for state in (run.h0, run.c0))
+    run.w_hh = run.w_hh.mT.contiguous().mT
+    run.cotangents[0] = run.cotangents[0].t().contiguous().t()
+    copies, _ = run.to(device)
+    assert not any(tensor.is_contiguous() for tensor in copies[1:4] if tensor is not None)
+    for name, tensor in run.by_kernels(regime, device).items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+@pytest.mark.parametrize("T", [0, 3])
+def test_nothing_to_do(T, regime, device):
+    """No rows, or no steps: nothing is launched, and the states pass through."""
+    B = 0 if T else 2
+    h0, c0, w_hh = (torch.randn(shape, device=device) for shape in ((1, B, 4), (1, B, 4), (1, 16, 4)))
+    empty = torch.empty(0, 16, device=device)
+    output, h_n, c_n, gates, cells = launch.lstm_forward(empty, h0, c0, w_hh, None, None, True)
+    assert output.shape == (0, 4)
+    assert torch.equal(h_n, h0)
+    assert torch.equal(c_n, c0)
+    dgates, dc0, _ = launch.lstm_backward(output, h0, c0, gates, cells, c0, w_hh, None, None)
+    assert dgates.shape == (0, 16)
+    assert torch.equal(dc0, c0)
+
+
+class Shifted(Tensor):
+    """A tensor of rows whose pointer lies `ROWS` rows before its data."""
+
+    ROWS = 2**31 + 5
+
+    def data_ptr(self) -> int:
+        return super().data_ptr() - self.ROWS * self.stride(0) * self.element_size()
+
+
+class ShiftedLaunch:
+    """A kernel launched with every row number `Shifted.ROWS` higher, and every pointer to rows as much lower.
+
+    A row number that passes through 32 bits on its way into an address then points nowhere near a tensor.
+    """
+
+    ROW_POINTERS = ("gates_x_ptr", "output_ptr", "gates_ptr", "cells_ptr", "d_output_ptr", "dgates_ptr")
+
+    def __init__(self, kernel):
+        self.kernel = kernel
+        self.launches = 0
+
+    def __getitem__(self, grid):
+        def run(**arguments):
+            self.launches += 1
+            shifted = {name: arguments[name].as_subclass(Shifted) for name in self.ROW_POINTERS if name in arguments}
+            offsets = arguments["offsets_ptr"] + Shifted.ROWS
+            self.kernel[grid](**{**arguments, **shifted, "offsets_ptr": offsets})
+
+        return run
+
+
+@pytest.mark.skipif(not interpreting(), reason="CUDA refuses pointers to memory that it does not know")
+def test_row_numbers_beyond_32_bits(regime, monkeypatch):
+    launches = []
+    for name in (f"forward_{regime}", f"backward_{regime}"):
+        launches.append(ShiftedLaunch(getattr(launch, name)))
+        monkeypatch.setattr(launch, name, launches[-1])
+    Run(5, (3, 2, 2), torch.float32, packed=True).check(regime, torch.device("cpu"))
+    assert all(kernel.launches for kernel in launches)
+
+
+@pytest.mark.parametrize("setting", ["tf32", "ieee"])
+def test_precision_follows_torch(setting, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", setting == "tf32")
+    assert launch.precision(torch.float32, H100) == setting
+    assert launch.precision(torch.float16, H100) == "ieee"
+    assert launch.precision(torch.float32, Device("hip", "gfx942")) == "ieee"

@@ -1,0 +1,117 @@
+"""Budgets of the compiled kernels, with no GPU: every plan that dispatch can choose must compile, fit and not spill."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton")
+
+ENVIRONMENT = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+
+
+def run(*arguments: str) -> str:
+    """Run python without the interpreter, which compiles nothing; return what it printed."""
+    result = subprocess.run([sys.executable, *arguments], env=ENVIRONMENT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr + result.stdout
+    return result.stdout
+
+
+# float32 on sm_100 takes the same instructions as on sm_90, and as long to compile
+@pytest.mark.parametrize(
+    ("target", "dtypes"),
+    [
+        ("sm_80", ("float16", "float32")),
+        ("sm_90", ("float16", "float32")),
+        ("sm_100", ("float16",)),
+        ("gfx942", ("float16", "float32")),
+    ],
+)
+def test_budgets(target, dtypes, tmp_path):
+    command = ("-m", "fastlstm.kernels.targets", "--target", target, "--heaviest", "--json", "--out", str(tmp_path))
+    rows = json.loads(run(*command, *(f"--dtype={dtype}" for dtype in dtypes)))
+    kernels = {"forward_resident", "backward_resident", "forward_stepwise", "backward_stepwise"}
+    assert {(row["kernel"], row["dtype"]) for row in rows} == {
+        (kernel, dtype) for kernel in kernels for dtype in dtypes
+    }
+    for row in rows:
+        name = row["name"]
+        assert row["spills"] == 0, name
+        assert row["shared"] <= row["limit"], name
+        assert row["registers"] > 0, name
+        assert row["matrix"] > 0 or row["dtype"] == "float32", name
+        if row["regime"] == "resident":
+            # one step of the recurrence: a loop that was not found, or was unrolled, would show here
+            assert 100 < row["loop"] < 2500, name
+        check_files(row, tmp_path)
+
+
+def check_files(row: dict, folder):
+    """The machine code and a description with which a stranger could launch it."""
+    stem = f"{row['target']}-{row['name']}"
+    description = json.loads((folder / f"{stem}.json").read_text())
+    assert description["num_warps"] == row["num_warps"]
+    assert description["constexprs"]["BLOCK_B"] == row["BLOCK_B"]
+    assert description["arguments"]["w_hh_ptr"] == {"float16": "*fp16", "float32": "*fp32"}[row["dtype"]]
+    assert description["arguments"]["T"] == "i32"
+    assert "ceil(B / BLOCK_B)" in description["grid"]
+    text, binary = ("ptx", "cubin") if row["target"].startswith("sm_") else ("amdgcn", "hsaco")
+    assert description["entry"] in (folder / f"{stem}.{text}").read_text()
+    assert (folder / f"{stem}.{binary}").read_bytes().startswith(b"\x7fELF")
+
+
+def test_a_plan_that_spills_is_noticed():
+    script = """
+from fastlstm.dispatch import Plan
+from fastlstm.kernels.targets import Configuration, build
+for target, plan in (("sm_90", Plan("resident", 128, 8, 128, 4)), ("gfx942", Plan("resident", 128, 16, 128, 16))):
+    name = ("forward" if target == "sm_90" else "backward") + "_resident"
+    print(build(Configuration(name, target, "float16", "ieee", 128, plan, target == "sm_90", True)).spills)
+"""
+    assert all(int(spills) > 0 for spills in run("-c", script).split())
+
+
+def test_no_length_or_batch_size_recompiles():
+    """The key of the cache of compiled kernels, as triton's own binder makes it, for many T, B and s."""
+    script = """
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.compiler import make_backend
+from triton.runtime.jit import create_function_from_signature
+from fastlstm.kernels.targets import KERNELS
+backend = make_backend(GPUTarget("cuda", 90, 32))
+for name, kernel in KERNELS.items():
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    keys = set()
+    for sizes in ((1, 1, 0), (16, 16, 1), (17, 3, 16), (1000, 128, 999), (65536, 70000, 4096)):
+        arguments = {key: 64 if key.isupper() else torch.zeros(8) for key in kernel.arg_names}
+        arguments |= {key: size for key, size in zip(("T", "B", "s"), sizes) if key in arguments}
+        _, specialization, _ = bind(**arguments)
+        keys.add(str(specialization))
+    print(name, len(keys))
+"""
+    lines = run("-c", script).splitlines()
+    assert len(lines) >= 4
+    assert all(line.endswith(" 1") for line in lines), lines
+
+
+def test_refuses_to_compile_under_the_interpreter(monkeypatch, capsys):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    from fastlstm.kernels import targets
+
+    with pytest.raises(SystemExit, match="2"):
+        targets.main(["--target", "sm_90"])
+    assert "TRITON_INTERPRET is set" in capsys.readouterr().err
+
+
+def test_names_the_targets_it_knows(monkeypatch, capsys):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    from fastlstm.kernels import targets
+
+    with pytest.raises(SystemExit, match="2"):
+        targets.main(["--target", "sm_35"])
+    assert "no plans for sm_35; known targets: sm_80," in capsys.readouterr().err
