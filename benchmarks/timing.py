@@ -1,0 +1,109 @@
+"""How long a call takes and how much memory it needs, on a CPU or a GPU."""
+
+from __future__ import annotations
+
+import gc
+import math
+import os
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch.autograd.profiler import profile
+
+from benchmarks.results import Spread
+
+Step = Callable[[], object]
+
+SAMPLE_S = 2e-3  # a short call is repeated until a sample lasts about this long
+MAX_CALLS = 100
+MAX_ROUNDS = 200
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Median with the 20th and 80th percentiles."""
+    if len(values) == 1:
+        return {"median": values[0], "p20": values[0], "p80": values[0]}
+    fifths = statistics.quantiles(values, n=5, method="inclusive")
+    return {"median": statistics.median(values), "p20": fifths[0], "p80": fifths[3]}
+
+
+def sample_seconds(step: Step, device: torch.device, calls: int = 1) -> float:
+    """Seconds per call, over `calls` calls; on a GPU between two device events, the device idle at the start."""
+    if device.type == "cpu":
+        begin = time.perf_counter()
+        for _ in range(calls):
+            step()
+        return (time.perf_counter() - begin) / calls
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize(device)
+    start.record()
+    for _ in range(calls):
+        step()
+    end.record()
+    torch.cuda.synchronize(device)
+    return start.elapsed_time(end) / 1e3 / calls
+
+
+def interleave(
+    steps: Mapping[str, Step], device: torch.device, budget_s: float, min_rounds: int
+) -> tuple[dict[str, list[float]], dict[str, int]]:
+    """Time the steps in turns.
+
+    Returns:
+        name -> milliseconds per call, one entry a round, so that entries of one round stand side by side; and
+        name -> calls that one entry averages over.
+    """
+    calls = {}
+    for name, step in steps.items():
+        for _ in range(2):  # the first call compiles or prepares, the second fills caches
+            step()
+        calls[name] = min(MAX_CALLS, math.ceil(SAMPLE_S / max(sample_seconds(step, device), 1e-9)))
+
+    samples: dict[str, list[float]] = {name: [] for name in steps}
+    order = list(steps)
+    rounds = 0
+    collecting = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        deadline = time.perf_counter() + budget_s
+        while rounds < min_rounds or (rounds < MAX_ROUNDS and time.perf_counter() < deadline):
+            for name in order:
+                samples[name].append(1e3 * sample_seconds(steps[name], device, calls[name]))
+            order = order[1:] + order[:1]  # no column always runs after the same one
+            rounds += 1
+    finally:
+        if collecting:
+            gc.enable()
+    return samples, calls
+
+
+def peak_bytes(step: Step, device: torch.device) -> int:
+    """The most memory one call holds at once beyond what was held before it.
+
+    On a GPU this is the caching allocator's own count. On a CPU it is the running sum of the allocations and
+    frees that torch's profiler records; what a library takes from the system by itself (oneDNN's packed weights
+    and scratch space) is not in it, for any column.
+    """
+    step()
+    if device.type != "cpu":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        step()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler reports its start and stop on stderr
+    profiler = profile(profile_memory=True)
+    with profiler:
+        step()
+    assert profiler.kineto_results is not None  # read as recorded: turning it into a trace takes seconds
+    events = [event for event in profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()  # pyright: ignore[reportAttributeAccessIssue]  # torch's stub lacks it
+        peak = max(peak, held)
+    return peak
