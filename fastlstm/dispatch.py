@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ class Problem:
         dtype: dtype of the input.
         training: whether a backward pass will follow (some input requires grad and grad mode is on).
         runs: 0 for a dense batch; for a packed one the number of runs of steps with equal batch size.
+        tf32: whether float32 dots on a GPU may round their operands to TF32.
     """
 
     T: int
@@ -44,6 +46,7 @@ class Problem:
     dtype: torch.dtype = torch.float32
     training: bool = False
     runs: int = 0
+    tf32: bool = True
 
 
 @dataclass(frozen=True)
@@ -54,11 +57,13 @@ class Device:
         kind: "cpu", "cuda", "hip", or torch's own name of any other device type ("mps", "meta", ...).
         target: the compile target: "cpu", "sm_90", "gfx942", ...; the kind where there is none.
         name: as the vendor names it.
+        processors: multiprocessors (of a MIG or MPS share: those it was given), 0 where that does not matter.
     """
 
     kind: str
     target: str
     name: str = ""
+    processors: int = 0
 
 
 @dataclass(frozen=True)
@@ -66,12 +71,17 @@ class Plan:
     """How one layer's recurrence is laid out over a GPU.
 
     Attributes:
-        regime: "resident" (W_hh stays inside one program for all T) or "stepwise" (one launch a step).
+        regime: "resident" (W_hh stays inside one program for all T), "persistent" (W_hh stays on the chip, spread over
+            programs that meet once a step) or "stepwise" (one launch a step).
         BLOCK_H: hidden units of one program, a power of two (resident: H rounded up).
         BLOCK_B: batch rows of one program, a power of two.
-        BLOCK_K: length of one chunk of the dot's inner dimension (stepwise; resident: BLOCK_H).
+        BLOCK_K: length of one chunk of the dot's inner dimension (resident: BLOCK_H).
         num_warps: warps of one program.
         num_stages: depth of the compiler's software pipeline over chunks.
+        TAIL_K: length of the last chunk (persistent, as all that follow).
+        KEPT: chunks of W_hh that stay on the chip; the others would be read each step.
+        AHEAD: chunks of h on their way at once (forward).
+        SPLIT: warps among which each chunk is dealt out (forward).
     """
 
     regime: str
@@ -80,6 +90,10 @@ class Plan:
     BLOCK_K: int
     num_warps: int
     num_stages: int = 1
+    TAIL_K: int = 0
+    KEPT: int = 0
+    AHEAD: int = 0
+    SPLIT: int = 1
 
 
 @dataclass(frozen=True)
@@ -133,8 +147,9 @@ def _gpu(index: int) -> Device:
     properties = torch.cuda.get_device_properties(index)
     if torch.version.hip:
         # "gfx942:sramecc+:xnack-": the features after the colon do not change a plan
-        return Device("hip", properties.gcnArchName.split(":")[0], properties.name)
-    return Device("cuda", f"sm_{properties.major}{properties.minor}", properties.name)
+        return Device("hip", properties.gcnArchName.split(":")[0], properties.name, properties.multi_processor_count)
+    target = f"sm_{properties.major}{properties.minor}"
+    return Device("cuda", target, properties.name, properties.multi_processor_count)
 
 
 def interpreting() -> bool:
@@ -239,8 +254,9 @@ def choose(problem: Problem, device: Device, backward: bool = False) -> Plan:
     A target that is not in `SHARED_MEMORY` gets plans that need little.
 
     Example:
-        >>> choose(Problem(T=100, B=16, I=64, H=64, dtype=torch.bfloat16), Device("cuda", "sm_90"))
-        Plan(regime='resident', BLOCK_H=64, BLOCK_B=8, BLOCK_K=64, num_warps=8, num_stages=1)
+        >>> plan = choose(Problem(T=100, B=16, I=64, H=64, dtype=torch.bfloat16), Device("cuda", "sm_90"))
+        >>> plan.regime, plan.BLOCK_H, plan.BLOCK_B, plan.num_warps
+        ('resident', 64, 8, 8)
     """
     vendor = "hip" if device.kind == "hip" else "cuda"
     itemsize = problem.dtype.itemsize
@@ -251,22 +267,100 @@ def choose(problem: Problem, device: Device, backward: bool = False) -> Plan:
     if BLOCK_H in warps and shared <= SHARED_MEMORY.get(device.target, 64 * 1024):
         # the matrix units' narrowest tile: the fewer rows a program has, the sooner a step is done
         return Plan("resident", BLOCK_H, 16 if vendor == "hip" else 8, BLOCK_H, warps[BLOCK_H])
+    if plan := _choose_persistent(problem, device, backward):
+        return plan
     BLOCK_B = 16 if problem.B <= 16 else 64 if vendor == "cuda" else 32
     return Plan("stepwise", 16, BLOCK_B, 128 // itemsize, 4, 3 if vendor == "cuda" else 2)
 
 
-def plans(dtype: torch.dtype, target: str) -> Iterator[tuple[int, bool, Plan]]:
+# largest H of a persistent plan by target and bytes of an element, found by compiling: beyond it a program spills or
+# does not fit. No AMD target: whether a block barrier there waits for the other waves' stores is not settled.
+_LARGEST_PERSISTENT = {
+    "sm_80": {2: 1024, 4: 864},
+    "sm_86": {2: 512, 4: 512},
+    "sm_90": {2: 1536, 4: 1024},
+    "sm_100": {2: 1024, 4: 1024},
+    "sm_120": {2: 512, 4: 512},
+}
+
+
+def _choose_persistent(problem: Problem, device: Device, backward: bool) -> Plan | None:
+    """Return a plan whose programs are all on the chip at once, each alone on its processor, or None."""
+    itemsize, H = problem.dtype.itemsize, problem.H
+    if _LARGEST_PERSISTENT.get(device.target, {}).get(itemsize, 0) < H:
+        return None
+    if itemsize == 4 and not problem.tf32:
+        return None  # no matrix unit of NVIDIA's multiplies float32, and W_hh spills as an operand of plain FMAs
+    if H > 768 and H * itemsize % 8:
+        return None  # rows that are read in smaller pieces need too many registers for their addresses
+    little = SHARED_MEMORY[device.target] < 128 * 1024
+    BLOCK_H = 8 if itemsize == 4 and (H > 512 or little) else 16
+    for BLOCK_B in (16, 32):
+        if device.processors >= -(-H // BLOCK_H) * -(-problem.B // BLOCK_B) * problem.D:
+            layout = _persistent_layout(H, BLOCK_B > 16, itemsize, device.target, little, backward)
+            if layout is None:
+                return None
+            largest, SPLIT, ahead, num_warps = layout
+            # a dot takes 16 or more along K from each of SPLIT warps, and wgmma 64 rows, which backward are units
+            BLOCK_K, TAIL_K = _chunks(H, largest, 16 * SPLIT if SPLIT > 1 else 64)
+            KEPT = -(-(H - TAIL_K) // BLOCK_K) + 1
+            return Plan("persistent", BLOCK_H, BLOCK_B, BLOCK_K, num_warps, 1, TAIL_K, KEPT, min(ahead, KEPT), SPLIT)
+    return None
+
+
+def _persistent_layout(
+    H: int, wide: bool, itemsize: int, target: str, little: bool, backward: bool
+) -> tuple[int, int, int, int] | None:
+    """Return (longest chunk, SPLIT, AHEAD, warps) as found by compiling, or None where all that was tried spills."""
+    if target == "sm_90" and H > 1024:  # W_hh in shared memory, for wgmma
+        if wide:
+            return None
+        if backward:
+            return 1024, 1, 8, 8
+        return (1024, 1, 1, 4) if H * itemsize % 16 == 0 else (512, 1, 2, 4)
+    if target == "sm_90":
+        wgmma = backward or (wide and H & (H - 1) == 0 and (H <= 512 or itemsize == 2))
+        return 1024, 1 if wgmma else 8, 8, 8
+    if wide and (itemsize == 4 or H % 8):
+        return None
+    if target == "sm_100":
+        return 1024, 1 if backward else 8, 8, 8
+    if backward:
+        return 128 if H <= 512 else 256, 1, 8, 8
+    if wide and (little or H > 768):
+        return 128, 1, 8 if little else 2, 8
+    return 1024, 8, 8, 8
+
+
+def _chunks(H: int, largest: int, smallest: int) -> tuple[int, int]:
+    """Cover H by powers of two, so that no size pays for the next one: (all chunks but the last, the last)."""
+    full = max(smallest, 1 << (H - 1).bit_length())
+    if full > largest:
+        full = 2 * largest
+    BLOCK_K = full // 2
+    rest = H - (H - 1) // BLOCK_K * BLOCK_K
+    TAIL_K = max(smallest, 1 << (rest - 1).bit_length())
+    return (BLOCK_K, TAIL_K) if TAIL_K < BLOCK_K or full > largest else (full, full)
+
+
+def plans(dtype: torch.dtype, target: str, tf32: bool = True) -> Iterator[tuple[int, bool, Plan]]:
     """Yield (H, backward, plan) for every plan that `choose` can return for a dtype on a target.
 
-    H is the largest the plan serves; for stepwise plans, which serve any, 1024.
+    H is the largest that the plan serves (for stepwise plans, which serve any, 4096); for persistent plans, whose loads
+    depend on it, the largest of each alignment of the rows of W_hh.
     """
-    device = Device("hip" if target.startswith("gfx") else "cuda", target)
-    for backward in (False, True):
-        found = {}
-        for H in (16, 32, 64, 128, 1024):
-            for B in (16, 1024):
-                found[choose(Problem(1, B, H, H, dtype=dtype), device, backward)] = H
-        yield from ((H, backward, plan) for plan, H in found.items())
+    kind = "hip" if target.startswith("gfx") else "cuda"
+    found = {}
+    for H in (*range(1, 1537), 4096):
+        for B in (16, 32, 1024):
+            # with so many processors, that many rows need tiles of just that size
+            for processors in (-(-H // 16), -(-H // 8)):
+                device = Device(kind, target, processors=processors)
+                for backward in (False, True):
+                    plan = choose(Problem(1, B, H, H, dtype=dtype, tf32=tf32), device, backward)
+                    alignment = math.gcd(H * dtype.itemsize, 16) if plan.regime == "persistent" else 16
+                    found[plan, backward, alignment] = H
+    yield from ((H, backward, plan) for (plan, backward, _), H in found.items())
 
 
 def precisions(dtype: torch.dtype, target: str) -> tuple[str, ...]:

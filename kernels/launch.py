@@ -13,9 +13,11 @@ import triton
 from torch import Tensor
 
 from ..dispatch import Device, Plan, Problem, choose, device_of
-from ..reference import previous
+from ..reference import first_rows, previous
+from .backward_persistent import backward_persistent
 from .backward_resident import backward_resident
 from .backward_stepwise import backward_stepwise
+from .forward_persistent import forward_persistent
 from .forward_resident import forward_resident
 from .forward_stepwise import forward_stepwise
 
@@ -49,10 +51,9 @@ def lstm_forward(
     if w_hr is None:
         return _forward(gates_x, h0, c0, w_hh, batch_sizes, save, plan)
     # h = m W_hr^T, so the recurrence runs on m with W_eff = W_hh W_hr; h0 has no m and enters step 0's gates
-    B = h0.shape[1]
-    for direction, first in enumerate(_first_rows(gates_x.shape[0], B, h0.shape[0], batch_sizes)):
-        columns = slice(direction * w_hh.shape[1], (direction + 1) * w_hh.shape[1])
-        gates_x[first.to(gates_x.device), columns] += h0[direction] @ w_hh[direction].T
+    rows = torch.arange(gates_x.shape[0], device=gates_x.device)
+    for d, gates_d in enumerate(gates_x.chunk(len(h0), 1)):
+        gates_d[first_rows(rows, h0.shape[1], batch_sizes, reverse=d == 1)] += h0[d] @ w_hh[d].T
     m0 = torch.zeros_like(c0)
     m, m_n, c_n, gates, cells = _forward(gates_x, m0, c0, torch.bmm(w_hh, w_hr), batch_sizes, save, plan)
     output = torch.einsum("ndh,dph->ndp", m.view(m.shape[0], *c0.shape[::2]), w_hr).flatten(1)
@@ -97,10 +98,9 @@ def lstm_backward(
     w_eff = torch.bmm(w_hh, w_hr)
     dgates, dc0 = _backward(dm, torch.bmm(dh_n, w_hr), dc_n, gates, cells, c0, w_eff, batch_sizes, plan)
     # h_t is used by the output, by the step after it (before it in time, for direction 1) and, at the end, by h_n
-    dh = d_output.clone()
-    for d in range(D):
-        from_step_after = dgates[:, d * 4 * H : (d + 1) * 4 * H] @ w_hh[d]
-        dh[:, d * P : (d + 1) * P] += previous(from_step_after, dh_n[d], batch_sizes, reverse=d == 0)
+    dh = d_output.clone(memory_format=torch.contiguous_format)
+    for d, (dh_d, dgates_d) in enumerate(zip(dh.chunk(D, 1), dgates.chunk(D, 1), strict=True)):
+        dh_d += previous(dgates_d @ w_hh[d], dh_n[d], batch_sizes, reverse=d == 0)
     return dgates, dc0, dh
 
 
@@ -109,6 +109,8 @@ def _forward(gates_x, h0, c0, w_hh, batch_sizes, save, plan):
     D, B, H = c0.shape
     N, dtype = gates_x.shape[0], gates_x.dtype
     T = _steps(N, B, batch_sizes)
+    if gates_x.shape[1] != D * 4 * H or w_hh.shape != (D, 4 * H, H):  # a kernel would read past the end of them
+        raise RuntimeError(f"Expected weight_hh of size {(4 * H, H)} in a layer of hidden_size={H}")
     gates_x, h0, c0, w_hh = (tensor.contiguous() for tensor in (gates_x, h0, c0, w_hh))
     output = gates_x.new_empty(N, D * H)
     # each element is read and written by one program, which cannot know what to write before it has read
@@ -118,7 +120,9 @@ def _forward(gates_x, h0, c0, w_hh, batch_sizes, save, plan):
         return output, h0.clone(), c0.clone(), gates, cells
 
     device = device_of(c0.device)
-    plan = plan or choose(Problem(T, B, H, H, D=D, dtype=dtype), device, backward=False)
+    PRECISION = precision(dtype, device)
+    problem = Problem(T, B, H, H, D=D, dtype=dtype, tf32=PRECISION == "tf32")
+    plan = plan or choose(problem, device, backward=False)
     lengths, offsets = _rows_of(batch_sizes, B, c0.device)
     shared = {
         "gates_x_ptr": gates_x,
@@ -131,21 +135,28 @@ def _forward(gates_x, h0, c0, w_hh, batch_sizes, save, plan):
         "T": T,
         "B": B,
         "H": H,
-        "PRECISION": precision(dtype, device),
+        "PRECISION": PRECISION,
         "SAVE": save,
         "VARLEN": batch_sizes is not None,
-        **_layout(plan),
+        **_layout(plan, backward=False),
     }
     with _device_guard(c0.device):
         if plan.regime == "resident":
             h_n, c_n = torch.empty_like(h0), torch.empty_like(c0)
             grid = (triton.cdiv(B, plan.BLOCK_B), D)
             forward_resident[grid](**shared, h0_ptr=h0, c0_ptr=c0, h_n_ptr=h_n, c_n_ptr=c_n)
+        elif plan.regime == "persistent":
+            h_n, c_n = torch.empty_like(h0), torch.empty_like(c0)
+            grid, counters = _meeting(plan, c0)
+            # zeros: units past H meet zeros of W_hh, but a NaN among them would be one after the product too
+            exchange = gates_x.new_zeros(2, grid[2], grid[1], plan.BLOCK_B, _width(plan, H))
+            meeting = {"exchange_ptr": exchange, "counters_ptr": counters}
+            forward_persistent[grid](**shared, **meeting, h0_ptr=h0, c0_ptr=c0, h_n_ptr=h_n, c_n_ptr=c_n)
         else:
             # a program reads all of h and writes its own units, so h takes turns between two buffers
             h_in, h_n = h0, torch.empty_like(h0)
             spare = torch.empty_like(h0)
-            c = c0.float() if dtype != torch.float32 else c0.clone()
+            c = c0.to(torch.float32, copy=True)
             grid = (triton.cdiv(H, plan.BLOCK_H), triton.cdiv(B, plan.BLOCK_B), D)
             for s in range(T):
                 forward_stepwise[grid](**shared, h_in_ptr=h_in, h_out_ptr=h_n, c_ptr=c, s=s)
@@ -159,13 +170,16 @@ def _backward(d_output, dh_n, dc_n, gates, cells, c0, w_hh, batch_sizes, plan):
     D, B, H = c0.shape
     N, dtype = gates.shape[0], gates.dtype
     T = _steps(N, B, batch_sizes)
-    d_output, dh_n, dc_n, c0, w_hh = (tensor.contiguous() for tensor in (d_output, dh_n, dc_n, c0, w_hh))
+    tensors = (d_output, dh_n, dc_n, gates, cells, c0, w_hh)  # a hook on saved tensors may have laid them out anew
+    d_output, dh_n, dc_n, gates, cells, c0, w_hh = (tensor.contiguous() for tensor in tensors)
     dgates = torch.empty_like(gates)
     if N == 0:
         return dgates, dc_n.clone()
 
     device = device_of(c0.device)
-    plan = plan or choose(Problem(T, B, H, H, D=D, dtype=dtype), device, backward=True)
+    PRECISION = precision(dtype, device)
+    problem = Problem(T, B, H, H, D=D, dtype=dtype, tf32=PRECISION == "tf32")
+    plan = plan or choose(problem, device, backward=True)
     lengths, offsets = _rows_of(batch_sizes, B, c0.device)
     shared = {
         "d_output_ptr": d_output,
@@ -180,16 +194,24 @@ def _backward(d_output, dh_n, dc_n, gates, cells, c0, w_hh, batch_sizes, plan):
         "T": T,
         "B": B,
         "H": H,
-        "PRECISION": precision(dtype, device),
+        "PRECISION": PRECISION,
         "VARLEN": batch_sizes is not None,
-        **_layout(plan),
+        **_layout(plan, backward=True),
     }
     with _device_guard(c0.device):
         if plan.regime == "resident":
             dc0 = torch.empty_like(c0)
             backward_resident[(triton.cdiv(B, plan.BLOCK_B), D)](**shared, dc_n_ptr=dc_n, dc0_ptr=dc0)
+        elif plan.regime == "persistent":
+            dc0 = torch.empty_like(c0)
+            grid, counters = _meeting(plan, c0)
+            # in the dtype of gates: half the traffic, and the rounding of dgates itself weighs more (see README.md)
+            owners = _width(plan, H) // plan.BLOCK_H
+            partials = gates.new_empty(2, grid[2], grid[1], owners, grid[0], plan.BLOCK_B, plan.BLOCK_H)
+            meeting = {"partials_ptr": partials, "counters_ptr": counters}
+            backward_persistent[grid](**shared, **meeting, dc_n_ptr=dc_n, dc0_ptr=dc0)
         else:
-            dc = dc_n.float() if dtype != torch.float32 else dc_n.clone()
+            dc = dc_n.to(torch.float32, copy=True)
             grid = (triton.cdiv(H, plan.BLOCK_H), triton.cdiv(B, plan.BLOCK_B), D)
             for s in range(T):
                 backward_stepwise[grid](**shared, dc_ptr=dc, s=s)
@@ -207,15 +229,31 @@ def precision(dtype: torch.dtype, device: Device) -> str:
     return "tf32" if allowed else "ieee"
 
 
-def _layout(plan: Plan) -> dict[str, int]:
+def _layout(plan: Plan, backward: bool) -> dict[str, int | bool]:
     """Return a plan's keyword arguments to a launch."""
-    layout = {
-        "BLOCK_H": plan.BLOCK_H,
-        "BLOCK_B": plan.BLOCK_B,
-        "num_warps": plan.num_warps,
-        "num_stages": plan.num_stages,
-    }
-    return layout if plan.regime == "resident" else {**layout, "BLOCK_K": plan.BLOCK_K}
+    names = {"BLOCK_H", "BLOCK_B", "num_warps", "num_stages"}
+    if plan.regime != "resident":
+        names |= {"BLOCK_K"}
+    if plan.regime == "persistent":
+        names |= {"TAIL_K", "KEPT"} if backward else {"TAIL_K", "KEPT", "AHEAD", "SPLIT"}
+    layout: dict[str, int | bool] = {name: getattr(plan, name) for name in names}
+    if plan.regime == "persistent":
+        layout["launch_cooperative_grid"] = True  # programs that cannot all be on the chip are an error, not a hang
+        if backward:
+            layout["THREADS"] = 32 * plan.num_warps
+    return layout
+
+
+def _meeting(plan: Plan, c0: Tensor) -> tuple[tuple[int, int, int], Tensor]:
+    """Return a persistent grid, and a counter for each group of its programs that meet, in a cache line of its own."""
+    D, B, H = c0.shape
+    grid = (-(-H // plan.BLOCK_H), -(-B // plan.BLOCK_B), D)
+    return grid, torch.zeros(D, grid[1], 32, dtype=torch.int32, device=c0.device)
+
+
+def _width(plan: Plan, H: int) -> int:
+    """Return how many columns the chunks of a persistent plan cover: H rounded up."""
+    return -(-(H - plan.TAIL_K) // plan.BLOCK_K) * plan.BLOCK_K + plan.TAIL_K
 
 
 def _steps(N: int, B: int, batch_sizes: Tensor | None) -> int:
@@ -233,18 +271,6 @@ def _rows_of(batch_sizes: Tensor | None, B: int, device: torch.device) -> tuple[
     lengths = torch.searchsorted(-batch_sizes, -torch.arange(B), out_int32=True)
     offsets = batch_sizes.cumsum(0) - batch_sizes
     return lengths.to(device, non_blocking=True), offsets.to(device, non_blocking=True)
-
-
-def _first_rows(N: int, B: int, D: int, batch_sizes: Tensor | None) -> list[Tensor]:
-    """Return, for each direction, the rows [B] of gates_x that its first steps read."""
-    b = torch.arange(B)
-    last = N - B + b
-    if batch_sizes is not None:
-        lengths, offsets = _rows_of(batch_sizes, B, torch.device("cpu"))
-        assert lengths is not None
-        assert offsets is not None
-        last = offsets[lengths.long() - 1] + b
-    return [b, last][:D]
 
 
 def _device_guard(device: torch.device) -> AbstractContextManager:

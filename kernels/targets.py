@@ -28,16 +28,19 @@ from triton.compiler import ASTSource
 
 from .. import dispatch
 from ..dispatch import SHARED_MEMORY, Plan, interpreting
+from .backward_persistent import backward_persistent
 from .backward_resident import backward_resident
 from .backward_stepwise import backward_stepwise
+from .forward_persistent import forward_persistent
 from .forward_resident import forward_resident
 from .forward_stepwise import forward_stepwise
 
-KERNELS = {
-    kernel.__name__: kernel for kernel in (forward_resident, backward_resident, forward_stepwise, backward_stepwise)
-}
+FORWARD = (forward_resident, forward_persistent, forward_stepwise)
+BACKWARD = (backward_resident, backward_persistent, backward_stepwise)
+KERNELS = {kernel.__name__: kernel for kernel in FORWARD + BACKWARD}
 GRIDS = {
     "resident": "(ceil(B / BLOCK_B), D)",
+    "persistent": "(ceil(H / BLOCK_H), ceil(B / BLOCK_B), D), cooperative",
     "stepwise": "(ceil(H / BLOCK_H), ceil(B / BLOCK_B), D)",
 }
 # arguments of one type whatever the problem's dtype; every other pointer is to that dtype
@@ -45,6 +48,7 @@ TYPES = {
     "cells_ptr": "*fp32",
     "c_ptr": "*fp32",
     "dc_ptr": "*fp32",
+    "counters_ptr": "*i32",
     "lengths_ptr": "*i32",
     "offsets_ptr": "*i64",
     "s": "i32",
@@ -72,7 +76,10 @@ class Configuration:
         """A name to print and to call files."""
         flags = "".join(f"-{flag.lower()}" for flag in ("SAVE", "VARLEN") if getattr(self, flag))
         precision = f"-{self.precision}" if self.dtype == "float32" else ""
-        return f"{self.kernel}-{self.dtype}{precision}-H{self.H}-b{self.plan.BLOCK_B}-w{self.plan.num_warps}{flags}"
+        plan = self.plan
+        chunks = f"-k{plan.BLOCK_K}+{plan.TAIL_K}" if plan.regime == "persistent" else ""
+        blocks = f"H{self.H}-h{plan.BLOCK_H}-b{plan.BLOCK_B}{chunks}-w{plan.num_warps}"
+        return f"{self.kernel}-{self.dtype}{precision}-{blocks}{flags}"
 
 
 @dataclass(frozen=True)
@@ -104,7 +111,7 @@ def configurations(target: str, dtypes: Sequence[str], every_flag: bool = True) 
     flags = (False, True) if every_flag else (True,)
     for dtype in dtypes:
         for precision in dispatch.precisions(getattr(torch, dtype), target):
-            for H, backward, plan in dispatch.plans(getattr(torch, dtype), target):
+            for H, backward, plan in dispatch.plans(getattr(torch, dtype), target, tf32=precision == "tf32"):
                 kernel = f"{'backward' if backward else 'forward'}_{plan.regime}"
                 for VARLEN in flags:
                     for SAVE in (False,) if backward else flags:
@@ -116,9 +123,8 @@ def compile_configuration(configuration: Configuration):
     kernel, plan = KERNELS[configuration.kernel], configuration.plan
     values = {
         "H": configuration.H,
-        "BLOCK_H": plan.BLOCK_H,
-        "BLOCK_B": plan.BLOCK_B,
-        "BLOCK_K": plan.BLOCK_K,
+        **asdict(plan),
+        "THREADS": 32 * plan.num_warps,
         "PRECISION": configuration.precision,
         "SAVE": configuration.SAVE,
         "VARLEN": configuration.VARLEN,
@@ -240,6 +246,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--target", action="append", metavar="ARCH", help="sm_80, gfx942, ...; repeatable")
     parser.add_argument("--dtype", action="append", choices=DTYPES, help="only this dtype; repeatable")
+    parser.add_argument("--filter", default="", metavar="REGEX", help="only configurations whose name matches")
     parser.add_argument("--heaviest", action="store_true", help="only the variants that save and take lengths")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--out", type=Path, metavar="DIR", help="leave machine code and launch descriptions here")
@@ -256,6 +263,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         configuration
         for target in targets
         for configuration in configurations(target, options.dtype or list(DTYPES), not options.heaviest)
+        if re.search(options.filter, configuration.name)
     ]
     with ProcessPoolExecutor(mp_context=get_context("fork")) as pool:
         reports = list(pool.map(build, todo, [options.out] * len(todo)))

@@ -12,14 +12,14 @@ from fastlstm.dispatch import BACKENDS, Decision, Device, Problem, choose, decid
 
 CPU = device_of(torch.device("cpu"))
 GPUS = {
-    "RTX 3090": Device("cuda", "sm_86", "NVIDIA GeForce RTX 3090"),
-    "A100": Device("cuda", "sm_80", "NVIDIA A100-SXM4-80GB"),
-    "L4": Device("cuda", "sm_89", "NVIDIA L4"),
-    "RTX 4090": Device("cuda", "sm_89", "NVIDIA GeForce RTX 4090"),
-    "H100": Device("cuda", "sm_90", "NVIDIA H100 80GB HBM3"),
-    "B200": Device("cuda", "sm_100", "NVIDIA B200"),
-    "RTX 5090": Device("cuda", "sm_120", "NVIDIA GeForce RTX 5090"),
-    "MI300X": Device("hip", "gfx942", "AMD Instinct MI300X"),
+    "RTX 3090": Device("cuda", "sm_86", "NVIDIA GeForce RTX 3090", 82),
+    "A100": Device("cuda", "sm_80", "NVIDIA A100-SXM4-80GB", 108),
+    "L4": Device("cuda", "sm_89", "NVIDIA L4", 58),
+    "RTX 4090": Device("cuda", "sm_89", "NVIDIA GeForce RTX 4090", 128),
+    "H100": Device("cuda", "sm_90", "NVIDIA H100 80GB HBM3", 132),
+    "B200": Device("cuda", "sm_100", "NVIDIA B200", 148),
+    "RTX 5090": Device("cuda", "sm_120", "NVIDIA GeForce RTX 5090", 170),
+    "MI300X": Device("hip", "gfx942", "AMD Instinct MI300X", 304),
 }
 LARGEST_RESIDENT = {  # H in 16 bit, H in float32
     "RTX 3090": (64, 64),
@@ -50,7 +50,7 @@ def test_resident_as_far_as_it_fits(gpu, backward):
     for dtype, largest in zip((torch.bfloat16, torch.float32), LARGEST_RESIDENT[gpu], strict=True):
         for H in (1, 16, 17, 33, 64, 65, 100, 128, 129, 1024):
             plan = choose(problem(H=H, dtype=dtype), GPUS[gpu], backward)
-            assert plan.regime == ("resident" if largest >= H else "stepwise"), (H, dtype)
+            assert (plan.regime == "resident") == (largest >= H), (H, dtype)
             if plan.regime == "resident":
                 assert max(H, 16) <= plan.BLOCK_H < 2 * max(H, 16)
 
@@ -58,15 +58,45 @@ def test_resident_as_far_as_it_fits(gpu, backward):
 @pytest.mark.parametrize("gpu", GPUS)
 def test_plans_enumerates_what_choose_returns(gpu):
     device = GPUS[gpu]
-    for dtype in (torch.float16, torch.bfloat16, torch.float32):
-        enumerated = {(backward, plan) for _, backward, plan in plans(dtype, device.target)}
+    for dtype, tf32 in ((torch.float16, True), (torch.bfloat16, True), (torch.float32, True), (torch.float32, False)):
+        enumerated = {(backward, plan) for _, backward, plan in plans(dtype, device.target, tf32)}
         chosen = {
-            (backward, choose(problem(H=H, B=B, dtype=dtype), device, backward))
-            for H in (*range(1, 140, 9), 128, 512, 4096)
+            (backward, choose(problem(H=H, B=B, D=D, dtype=dtype, tf32=tf32), device, backward))
+            for H in (*range(1, 1600, 9), 128, 512, 1024, 1536, 4096)
             for B in (1, 8, 16, 17, 64, 1000)
+            for D in (1, 2)
             for backward in (False, True)
         }
-        assert chosen == enumerated
+        assert chosen <= enumerated
+        # only those persistent plans whose programs this very card can hold
+        assert all(plan.regime == "persistent" for _, plan in enumerated - chosen)
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("gpu", ["RTX 3090", "A100", "H100", "B200", "RTX 5090"])
+def test_persistent_where_all_programs_are_on_the_chip(gpu, backward):
+    device = GPUS[gpu]
+    for H in (256, 300, 512, 768, 1024, 1500, 2048, 4096):
+        for B in (1, 16, 17, 64, 128, 1000):
+            for D in (1, 2):
+                for dtype in (torch.bfloat16, torch.float32):
+                    plan = choose(problem(H=H, B=B, D=D, dtype=dtype), device, backward)
+                    if plan.regime != "persistent":
+                        continue
+                    assert device.processors >= -(-H // plan.BLOCK_H) * -(-B // plan.BLOCK_B) * D
+                    columns = (plan.KEPT - 1) * plan.BLOCK_K + plan.TAIL_K
+                    assert H <= columns < 2 * H
+    assert choose(problem(H=512), device, backward).regime == "persistent"
+    # a share of the card too small for the grid, and a precision without matrix instructions
+    assert choose(problem(H=512), dataclasses.replace(device, processors=31), backward).regime == "stepwise"
+    assert choose(problem(H=512, tf32=False), device, backward).regime == "stepwise"
+
+
+def test_odd_sizes_do_not_pay_for_the_next_power_of_two():
+    for H, most in ((650, 768), (768, 768), (1100, 1152), (1500, 1536)):
+        for backward in (False, True):
+            plan = choose(problem(H=H, dtype=torch.float16), GPUS["H100"], backward)
+            assert most >= (plan.KEPT - 1) * plan.BLOCK_K + plan.TAIL_K
 
 
 def test_length_never_matters_to_a_plan():
@@ -105,7 +135,8 @@ def test_auto_without_triton_or_on_another_device(monkeypatch):
 
 def test_triton_by_name(monkeypatch):
     assert decide(problem(H=64), GPUS["H100"], "triton").regime == "resident"
-    assert decide(problem(H=512), GPUS["H100"], "triton").regime == "stepwise"
+    assert decide(problem(H=512), GPUS["H100"], "triton").regime == "persistent"
+    assert decide(problem(H=4096), GPUS["H100"], "triton").regime == "stepwise"
     with pytest.raises(RuntimeError, match=r"the tensors are on the CPU. .*TRITON_INTERPRET=1"):
         decide(problem(), CPU, "triton")
     with pytest.raises(RuntimeError, match="not float64; use backend='auto'"):

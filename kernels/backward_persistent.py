@@ -1,0 +1,186 @@
+"""Backward recurrence with W_hh spread over the programs of one launch, for all T.
+
+    dgates_t, dc_{t-1} = adjoint of cell(dy_t + dh_t, dc_t);  dh_{t-1} = dgates_t W_hh       for all t, from the last
+
+The counterpart of forward_persistent.py, split the same way: a program owns BLOCK_H hidden units, so it computes
+4 * BLOCK_H columns of dgates_t and holds the rows of W_hh that they multiply. Their product is a part of dh_{t-1} for
+*every* unit; the parts go through L2, and each program adds up those of its own units, always in the same order, so
+that results are deterministic. One barrier a step. Gathering dgates instead would need a transposed W_hh on chip and
+4x the bytes of h through L2.
+"""
+
+import triton
+import triton.language as tl
+
+from .barrier import arrive, slot, wait
+from .cell import cell_backward, dot, first_row, gate_rows, join_gates, load_gates, store_gates
+
+
+@triton.jit
+def load_rows_t(w_ptrs, mask_rows, k0, H: tl.constexpr, SIZE: tl.constexpr):
+    """Columns [k0, k0 + SIZE) of a tile of rows of W_hh, transposed; 0 past its edge."""
+    k = k0 + tl.arange(0, SIZE)[:, None]
+    return tl.load(w_ptrs + k, mask=mask_rows & (k < H), other=0.0)
+
+
+@triton.jit
+def store_part(ptrs, k0, part, PROGRAMS: tl.constexpr, BLOCK_H: tl.constexpr):
+    """Store this program's part of dh for units from k0, [units, BLOCK_B], where the owner of each will read it."""
+    k = k0 + tl.arange(0, part.shape[0])
+    b = tl.arange(0, part.shape[1])
+    offs = (k // BLOCK_H * (PROGRAMS * part.shape[1] * BLOCK_H) + k % BLOCK_H)[:, None] + b[None, :] * BLOCK_H
+    tl.store(ptrs + offs, part.to(ptrs.dtype.element_ty))
+
+
+@triton.jit(do_not_specialize=["T", "B"])
+def backward_persistent(
+    d_output_ptr,  # [N, D*H]
+    dh_n_ptr,  # [D, B, H]
+    dc_n_ptr,  # [D, B, H]
+    gates_ptr,  # [N, D*4H], activated
+    cells_ptr,  # [N, D*H], float32
+    c0_ptr,  # [D, B, H]
+    w_hh_ptr,  # [D, 4H, H]
+    dgates_ptr,  # [N, D*4H]
+    dc0_ptr,  # [D, B, H]
+    partials_ptr,  # [2, D, tiles, OWNERS, PROGRAMS, BLOCK_B, BLOCK_H]
+    counters_ptr,  # [D, tiles, 32] int32, zeros; a line each, for they are polled
+    lengths_ptr,  # [B] int32, falling; not touched without VARLEN
+    offsets_ptr,  # [T] int64; not touched without VARLEN
+    T,
+    B,
+    H: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    TAIL_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+    VARLEN: tl.constexpr,
+    KEPT: tl.constexpr,
+    THREADS: tl.constexpr,
+):
+    """One program runs BLOCK_H units of BLOCK_B rows of one direction back. Grid: (units, rows, D), in blocks.
+
+    Columns of W_hh come in chunks, all of BLOCK_K but the last, of TAIL_K. The first KEPT chunks stay on chip, the
+    columns after them are read each step, TAIL_K at a time.
+    """
+    tl.static_assert(BLOCK_K % BLOCK_H == 0 and TAIL_K % BLOCK_H == 0)
+    pid_h = tl.program_id(0)
+    pid_b = tl.program_id(1)
+    direction = tl.program_id(2)
+    D = tl.num_programs(2)
+    PROGRAMS: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
+    LAST: tl.constexpr = (H - TAIL_K + BLOCK_K - 1) // BLOCK_K
+    WIDTH: tl.constexpr = LAST * BLOCK_K + TAIL_K
+    OWNERS: tl.constexpr = WIDTH // BLOCK_H
+    PART: tl.constexpr = BLOCK_B * BLOCK_H
+    dtype = gates_ptr.dtype.element_ty
+
+    b = tl.arange(0, BLOCK_B)
+    u = tl.arange(0, BLOCK_H)
+    j = pid_h * BLOCK_H + u
+    gate, unit = gate_rows(H, BLOCK_H, RUN=BLOCK_H)
+    unit += pid_h * BLOCK_H
+    mask_b = pid_b * BLOCK_B + b < B
+    mask = (j < H)[:, None] & mask_b[None, :]
+
+    # offsets of this tile: in a state [D, B, H], in a row of h or c [D*H], in a row of gates [D*4H]
+    b0 = (pid_b * BLOCK_B).to(tl.int64)
+    offs_state = (direction * B + b0) * H + j[:, None] + b[None, :] * H
+    offs_h = direction * H + j[:, None] + b[None, :] * (D * H)
+    offs_gates = direction * 4 * H + j[:, None] + b[None, :] * (D * 4 * H)
+
+    # parts of dh change hands at partials[slot, direction, tile, owner, program]
+    group = direction * tl.num_programs(1) + pid_b
+    slot_size = D * tl.num_programs(1) * (OWNERS * PROGRAMS * PART)
+    counter = counters_ptr + group * 32
+    partials = partials_ptr + group.to(tl.int64) * (OWNERS * PROGRAMS * PART)
+    part_ptrs = partials + pid_h * PART
+    p = tl.arange(0, triton.next_power_of_2(PROGRAMS))[:, None, None]
+    own_ptrs = partials + (pid_h * PROGRAMS + p) * PART + b[None, :, None] * BLOCK_H + u[None, None, :]
+    # no wider vectors than deal one tile out over all threads: then each thread has every part of its own elements,
+    # the sum stays inside it, and its result lies as gates, c and dy do
+    own_ptrs = tl.max_contiguous(own_ptrs, (1, 1, max(1, PART // THREADS)))
+
+    w_ptrs = w_hh_ptr + direction.to(tl.int64) * 4 * H * H + (gate * H + unit)[None, :] * H
+    mask_rows = (unit < H)[None, :]
+    w_t = ()
+    for n in tl.static_range(KEPT):
+        w_t = w_t + (load_rows_t(w_ptrs, mask_rows, n * BLOCK_K, H, BLOCK_K if n < LAST else TAIL_K),)
+
+    dh = tl.load(dh_n_ptr + offs_state, mask=mask, other=0.0).to(tl.float32)
+    dc = tl.load(dc_n_ptr + offs_state, mask=mask, other=0.0).to(tl.float32)
+    c0 = tl.load(c0_ptr + offs_state, mask=mask, other=0.0).to(tl.float32)
+
+    if VARLEN:
+        lengths = tl.load(lengths_ptr + pid_b * BLOCK_B + b, mask=mask_b, other=0)
+        zeros = tl.zeros_like(lengths)  # a comparison joins a mask only as a tensor of its shape
+        T = tl.load(lengths_ptr + pid_b * BLOCK_B)  # lengths fall: no row of this tile is longer
+    # direction 0 went up in time, so back means down
+    t = (1 - direction) * (T - 1)
+    step = 2 * direction - 1
+    t_next = tl.minimum(tl.maximum(t + step, 0), T - 1)
+    row = first_row(t, B, offsets_ptr, VARLEN) + b0
+    row_next = first_row(t_next, B, offsets_ptr, VARLEN) + b0
+    mask_t = mask
+    if VARLEN:
+        mask_t = mask & (t < lengths)[None, :]
+    i, f, g, o = load_gates(gates_ptr + row * (D * 4 * H) + offs_gates, mask_t, H)
+    dy = tl.load(d_output_ptr + row * (D * H) + offs_h, mask=mask_t, other=0.0)
+    c = tl.load(cells_ptr + row * (D * H) + offs_h, mask=mask_t, other=0.0)
+
+    for s in range(T):
+        # what was saved arrives one step ahead of its use, its row number two; past the end the last is read again
+        t_after = tl.minimum(tl.maximum(t_next + step, 0), T - 1)
+        row_after = first_row(t_after, B, offsets_ptr, VARLEN) + b0
+        mask_next = mask
+        if VARLEN:
+            mask_next = mask & (t_next < lengths)[None, :]
+        i_next, f_next, g_next, o_next = load_gates(gates_ptr + row_next * (D * 4 * H) + offs_gates, mask_next, H)
+        dy_next = tl.load(d_output_ptr + row_next * (D * H) + offs_h, mask=mask_next, other=0.0)
+        c_next = tl.load(cells_ptr + row_next * (D * H) + offs_h, mask=mask_next, other=0.0)
+
+        # the cell before a row's first step is c0
+        has_prev = t + step == t_next
+        if VARLEN:
+            has_prev = (t + step == t_next + zeros) & (t_next < lengths)
+            has_prev = has_prev[None, :]
+        c_prev = tl.where(has_prev, c_next, c0)
+        dh += dy.to(tl.float32)
+        i, f, g, o = i.to(tl.float32), f.to(tl.float32), g.to(tl.float32), o.to(tl.float32)
+        di, df, dg, do, dc_new = cell_backward(dh, dc, i, f, g, o, c_prev, c)
+        di, df, dg, do = di.to(dtype), df.to(dtype), dg.to(dtype), do.to(dtype)
+        da = join_gates(di, df, dg, do, BLOCK_H, BLOCK_B, RUN=BLOCK_H)
+
+        part_ptrs_s = part_ptrs + slot(s) * slot_size
+        for n in tl.static_range(KEPT):
+            store_part(part_ptrs_s, n * BLOCK_K, dot(w_t[n], da, PRECISION), PROGRAMS, BLOCK_H)
+        for k0 in range(KEPT * BLOCK_K, WIDTH, TAIL_K):
+            w_k = load_rows_t(w_ptrs, mask_rows, k0, H, TAIL_K)
+            store_part(part_ptrs_s, k0, dot(w_k, da, PRECISION), PROGRAMS, BLOCK_H)
+        arrive(counter)
+
+        # nobody waits for this
+        store_gates(dgates_ptr + row * (D * 4 * H) + offs_gates, di, df, dg, do, mask_t, H)
+
+        wait(counter, (s + 1) * PROGRAMS)
+        # L1 would only be polluted: a part is read once; that it is fresh is the barrier's work
+        parts = tl.load(own_ptrs + slot(s) * slot_size, mask=p < PROGRAMS, other=0.0, cache_modifier=".cg")
+        dh_new = tl.trans(tl.sum(parts.to(tl.float32), 0))
+        if VARLEN:
+            active = (t < lengths)[None, :]
+            dh = tl.where(active, dh_new, dh)  # dy is 0 where a row is not active
+            dc = tl.where(active, dc_new, dc)
+        else:
+            dh = dh_new
+            dc = dc_new
+        t = t_next
+        t_next = t_after
+        row = row_next
+        row_next = row_after
+        mask_t = mask_next
+        i, f, g, o = i_next, f_next, g_next, o_next
+        dy = dy_next
+        c = c_next
+
+    tl.store(dc0_ptr + offs_state, dc.to(dtype), mask=mask)

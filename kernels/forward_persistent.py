@@ -1,0 +1,199 @@
+"""Forward recurrence with W_hh spread over the programs of one launch, for all T.
+
+    gates_t = gates_x_t + h_{t-1} W_hh^T;  c_t, h_t = cell(gates_t, c_{t-1})        for all t
+
+A program owns BLOCK_H hidden units with their four gates: its 4 * BLOCK_H rows of W_hh are read once, its c stays in
+registers. It needs all of h, and gives a part of it, each step: h goes through L2, with one barrier a step between
+the programs of the same batch tile and direction. This is the regime for W_hh too large for one program but not for
+the chip. Of a W_hh too large for the chip as well, KEPT chunks stay and the others are read from L2 each step.
+The wrong tool where the grid cannot be on the chip at once: the launch must be cooperative.
+"""
+
+import triton
+import triton.language as tl
+
+from .barrier import arrive, slot, wait
+from .cell import activate, dot, first_row, gate_rows, split_gates, tanh
+
+
+@triton.jit
+def load_rows(w_ptrs, mask_rows, k0, H: tl.constexpr, SIZE: tl.constexpr, SPLIT: tl.constexpr):
+    """Columns [k0, k0 + SIZE) of a tile of rows of W_hh, 0 past its edge; [SPLIT, rows, SIZE / SPLIT] if split."""
+    k = k0 + tl.arange(0, SIZE)[None, :]
+    w = tl.load(w_ptrs + k, mask=mask_rows & (k < H), other=0.0)
+    if SPLIT > 1:
+        w = tl.permute(tl.reshape(w, (w.shape[0], SPLIT, SIZE // SPLIT)), (1, 0, 2))
+    return w
+
+
+@triton.jit
+def load_h(h_ptrs, k0, SIZE: tl.constexpr, SPLIT: tl.constexpr):
+    """Units [k0, k0 + SIZE) of h, [SIZE, BLOCK_B], or [SPLIT, SIZE / SPLIT, BLOCK_B]."""
+    # L1 would only be polluted: each value is read once. That it is fresh is the work of the barrier, whose acquire
+    # comes before this load; .cg alone would not order it
+    h = tl.load(h_ptrs + (k0 + tl.arange(0, SIZE))[:, None], cache_modifier=".cg")
+    if SPLIT > 1:
+        h = tl.reshape(h, (SPLIT, SIZE // SPLIT, h.shape[1]))
+    return h
+
+
+@triton.jit
+def fold(parts, SPLIT: tl.constexpr):
+    """Add up [SPLIT, rows, columns] over the first dimension, pair by pair.
+
+    Unlike tl.sum it leaves the result dealt out over all warps: a split wants both halves in one thread, so that each
+    thread fetches every part of its own elements, where a reduction would give every warp all of the sum.
+    """
+    parts = tl.permute(parts, (1, 2, 0))
+    for n in tl.static_range(5):
+        if 2**n < SPLIT:
+            halves = tl.reshape(parts, (parts.shape[0], parts.shape[1], SPLIT // 2 ** (n + 1), 2))
+            even, odd = tl.split(halves)
+            parts = even + odd
+    return tl.reshape(parts, (parts.shape[0], parts.shape[1]))
+
+
+@triton.jit(do_not_specialize=["T", "B"])
+def forward_persistent(
+    gates_x_ptr,  # [N, D*4H]
+    w_hh_ptr,  # [D, 4H, H]
+    h0_ptr,  # [D, B, H]
+    c0_ptr,  # [D, B, H]
+    output_ptr,  # [N, D*H]
+    h_n_ptr,  # [D, B, H]
+    c_n_ptr,  # [D, B, H]
+    gates_ptr,  # [N, D*4H], activated; not touched without SAVE
+    cells_ptr,  # [N, D*H], float32; not touched without SAVE
+    exchange_ptr,  # [2, D, tiles, BLOCK_B, WIDTH], zeros
+    counters_ptr,  # [D, tiles, 32] int32, zeros; a line each, for they are polled
+    lengths_ptr,  # [B] int32, falling; not touched without VARLEN
+    offsets_ptr,  # [T] int64; not touched without VARLEN
+    T,
+    B,
+    H: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    TAIL_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+    SAVE: tl.constexpr,
+    VARLEN: tl.constexpr,
+    KEPT: tl.constexpr,
+    AHEAD: tl.constexpr,
+    SPLIT: tl.constexpr,
+):
+    """One program runs BLOCK_H units of BLOCK_B rows of one direction. Grid: (units, rows, D), in blocks.
+
+    The dot's inner dimension comes in chunks, so that H need not be a power of two: all of BLOCK_K but the last, of
+    TAIL_K. The first KEPT chunks of W_hh stay on chip, the columns after them are read each step, TAIL_K at a time.
+    AHEAD chunks of h are on their way at once. SPLIT > 1 deals each chunk out over SPLIT warps, for tiles too small to
+    give every warp rows of its own.
+    """
+    tl.static_assert(BLOCK_K % BLOCK_H == 0 and TAIL_K % BLOCK_H == 0)
+    pid_h = tl.program_id(0)
+    pid_b = tl.program_id(1)
+    direction = tl.program_id(2)
+    programs = tl.num_programs(0)
+    D = tl.num_programs(2)
+    LAST: tl.constexpr = (H - TAIL_K + BLOCK_K - 1) // BLOCK_K
+    WIDTH: tl.constexpr = LAST * BLOCK_K + TAIL_K
+    dtype = gates_x_ptr.dtype.element_ty
+
+    b = tl.arange(0, BLOCK_B)
+    j = pid_h * BLOCK_H + tl.arange(0, BLOCK_H)
+    # plain order: the four gates of a unit lie in several warps whatever the order, and one exchange brings all
+    gate, unit = gate_rows(H, BLOCK_H, RUN=BLOCK_H)
+    unit += pid_h * BLOCK_H
+    mask_b = pid_b * BLOCK_B + b < B
+    mask = (j < H)[:, None] & mask_b[None, :]
+    mask_gates = (unit < H)[:, None] & mask_b[None, :]
+
+    # offsets of this tile: in a state [D, B, H], in a row of h or c [D*H], in a row of gates [D*4H]
+    b0 = (pid_b * BLOCK_B).to(tl.int64)
+    offs_state = (direction * B + b0) * H + j[:, None] + b[None, :] * H
+    offs_h = direction * H + j[:, None] + b[None, :] * (D * H)
+    offs_gates = direction * 4 * H + (gate * H + unit)[:, None] + b[None, :] * (D * 4 * H)
+
+    # h changes hands at exchange[slot, direction, tile]
+    group = direction * tl.num_programs(1) + pid_b
+    slot_size = D * tl.num_programs(1) * (BLOCK_B * WIDTH)
+    counter = counters_ptr + group * 32
+    h_all = exchange_ptr + group * (BLOCK_B * WIDTH) + b[None, :] * WIDTH
+    h_own = exchange_ptr + group * (BLOCK_B * WIDTH) + j[:, None] + b[None, :] * WIDTH
+
+    w_ptrs = w_hh_ptr + direction.to(tl.int64) * 4 * H * H + (gate * H + unit)[:, None] * H
+    mask_rows = (unit < H)[:, None]
+    w = ()
+    for n in tl.static_range(KEPT):
+        w = w + (load_rows(w_ptrs, mask_rows, n * BLOCK_K, H, BLOCK_K if n < LAST else TAIL_K, SPLIT),)
+
+    h = tl.load(h0_ptr + offs_state, mask=mask, other=0.0)
+    c = tl.load(c0_ptr + offs_state, mask=mask, other=0.0).to(tl.float32)
+    tl.store(h_own, h)
+    arrive(counter)
+
+    if VARLEN:
+        lengths = tl.load(lengths_ptr + pid_b * BLOCK_B + b, mask=mask_b, other=0)
+        T = tl.load(lengths_ptr + pid_b * BLOCK_B)  # lengths fall: no row of this tile is longer
+    t = direction * (T - 1)
+    step = 1 - 2 * direction
+    t_next = tl.minimum(tl.maximum(t + step, 0), T - 1)
+    row = first_row(t, B, offsets_ptr, VARLEN) + b0
+    row_next = first_row(t_next, B, offsets_ptr, VARLEN) + b0
+    mask_gates_t = mask_gates & (t < lengths)[None, :] if VARLEN else mask_gates
+    x = tl.load(gates_x_ptr + row * (D * 4 * H) + offs_gates, mask=mask_gates_t, other=0.0)
+
+    for s in range(T):
+        # gates_x arrives one step ahead of its use, its row number two; past the end the last row is read again
+        t_after = tl.minimum(tl.maximum(t_next + step, 0), T - 1)
+        row_after = first_row(t_after, B, offsets_ptr, VARLEN) + b0
+        mask_gates_next = mask_gates & (t_next < lengths)[None, :] if VARLEN else mask_gates
+        x_next = tl.load(gates_x_ptr + row_next * (D * 4 * H) + offs_gates, mask=mask_gates_next, other=0.0)
+
+        wait(counter, (s + 1) * programs)
+        parts = tl.zeros((SPLIT, 4 * BLOCK_H, BLOCK_B), tl.float32) if SPLIT > 1 else x.to(tl.float32)
+        h_ptrs = h_all + slot(s) * slot_size
+        h_k = ()
+        for n in tl.static_range(min(AHEAD, KEPT)):
+            h_k = h_k + (load_h(h_ptrs, n * BLOCK_K, BLOCK_K if n < LAST else TAIL_K, SPLIT),)
+        for n in tl.static_range(KEPT):
+            parts += dot(w[n], h_k[n], PRECISION)
+            if n + AHEAD < KEPT:
+                h_n = load_h(h_ptrs, (n + AHEAD) * BLOCK_K, BLOCK_K if n + AHEAD < LAST else TAIL_K, SPLIT)
+                h_k = h_k + (h_n,)
+        for k0 in range(KEPT * BLOCK_K, WIDTH, TAIL_K):
+            w_k = load_rows(w_ptrs, mask_rows, k0, H, TAIL_K, SPLIT)
+            parts += dot(w_k, load_h(h_ptrs, k0, TAIL_K, SPLIT), PRECISION)
+        a = fold(parts, SPLIT) + x.to(tl.float32) if SPLIT > 1 else parts
+
+        # activated before they are split: in `gates` they lie as they do here
+        activated = activate(a, gate)
+        i, f, g, o = split_gates(activated, BLOCK_H, BLOCK_B, RUN=BLOCK_H)
+        c_new = f * c + i * g
+        h_new = o * tanh(c_new)
+        mask_t = mask
+        if VARLEN:
+            active = (t < lengths)[None, :]
+            mask_t = mask & active
+            c = tl.where(active, c_new, c)
+            h = tl.where(active, h_new.to(dtype), h)
+        else:
+            c = c_new
+            h = h_new.to(dtype)
+        tl.store(h_own + slot(s + 1) * slot_size, h)
+        arrive(counter)
+
+        # nobody waits for these
+        tl.store(output_ptr + row * (D * H) + offs_h, h, mask=mask_t)
+        if SAVE:
+            tl.store(gates_ptr + row * (D * 4 * H) + offs_gates, activated.to(dtype), mask=mask_gates_t)
+            tl.store(cells_ptr + row * (D * H) + offs_h, c, mask=mask_t)
+        t = t_next
+        t_next = t_after
+        row = row_next
+        row_next = row_after
+        mask_gates_t = mask_gates_next
+        x = x_next
+
+    tl.store(h_n_ptr + offs_state, h, mask=mask)
+    tl.store(c_n_ptr + offs_state, c.to(dtype), mask=mask)

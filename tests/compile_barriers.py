@@ -1,0 +1,83 @@
+"""Compile kernels that synchronise, with a right barrier and with wrong ones: `python tests/compile_barriers.py sm_90`.
+
+Prints JSON, (kernel: fault) -> PTX or AMD assembly. A script, because what runs the tests has imported triton under its
+interpreter, which compiles nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from types import ModuleType
+
+import barriers
+import triton
+from triton.compiler import ASTSource
+
+from fastlstm.kernels import backward_persistent, forward_persistent
+from fastlstm.kernels.targets import gpu_target
+
+# waiting for too few, or on one buffer, is well-formed code. After the wait a block barrier stands anyway, where the
+# compiler hands the polled value to all threads.
+VISIBLE = [
+    "no barrier",
+    "relaxed arrive",
+    "no acquire",
+    "volatile poll",
+    "cta scope",
+    "no block barrier before the arrive",
+]
+TYPES = {"cells": "*fp32", "counters": "*i32", "values": "*i32", "result": "*i32", "lengths": "*i32", "offsets": "*i64"}
+CONSTEXPRS = {
+    "H": 64,
+    "BLOCK_H": 16,
+    "BLOCK_B": 16,
+    "BLOCK_K": 64,
+    "PRECISION": "ieee",
+    "SAVE": True,
+    "VARLEN": True,
+    "TAIL_K": 64,
+    "KEPT": 1,
+    "AHEAD": 1,
+    "SPLIT": 1,
+    "THREADS": 128,
+}
+KERNELS: dict[str, tuple[ModuleType, dict[str, object]]] = {
+    "exchange": (barriers, {"BLOCK": 128, "N": 4}),
+    "forward_persistent": (forward_persistent, CONSTEXPRS),
+    "backward_persistent": (backward_persistent, CONSTEXPRS),
+}
+
+
+def compile_kernel(name: str, target: str, fault: str = "") -> str:
+    """Return the text of a kernel's machine code, its pointers to float16 unless TYPES says otherwise."""
+    module, constexprs = KERNELS[name]
+    with barriers.replaced(module, barriers.MUTANTS.get(fault, {})):
+        # a new object, for triton remembers by object what a kernel's source and helpers hash to
+        kernel = triton.jit(getattr(module, name).fn)
+        constexprs = {argument: value for argument, value in constexprs.items() if argument in kernel.arg_names}
+        signature = {
+            argument: "constexpr"
+            if argument in constexprs
+            else TYPES.get(argument.removesuffix("_ptr"), "*fp16" if argument.endswith("_ptr") else "i32")
+            for argument in kernel.arg_names
+        }
+        aligned = {(n,): [["tt.divisibility", 16]] for n, kind in enumerate(signature.values()) if kind.startswith("*")}
+        source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=aligned)
+        code = triton.compile(source, target=gpu_target(target), options={"num_warps": 4}).asm
+    return code["ptx"] if "ptx" in code else code["amdgcn"]
+
+
+def main() -> None:
+    """Compile everything for the target named on the command line."""
+    target = sys.argv[1]
+    texts = {f"{name}: ": compile_kernel(name, target) for name in KERNELS}
+    texts |= {f"exchange: {fault}": compile_kernel("exchange", target, fault) for fault in VISIBLE}
+    # the same again in a real kernel, where the compiler has more to move about
+    for fault in ("relaxed arrive", "no acquire"):
+        texts[f"forward_persistent: {fault}"] = compile_kernel("forward_persistent", target, fault)
+    json.dump(texts, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

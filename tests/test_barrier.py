@@ -1,0 +1,108 @@
+"""The barrier as compiled: a release before each arrive, an acquire after each poll, the whole program behind both."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+HERE = Path(__file__).parent
+
+# what orders nothing, or not enough, and what is then found in the machine code
+FAULTS = {
+    "no barrier": {"no arrive", "no poll"},
+    "relaxed arrive": {"arrive without release"},
+    "no acquire": {"poll without acquire"},
+    "volatile poll": {"no poll", "poll without acquire"},
+    "cta scope": {"arrive without release", "poll without acquire"},
+    "no block barrier before the arrive": {"arrive without block barrier"},
+}
+
+
+def events_nvidia(ptx: str) -> list[tuple[str, bool]]:
+    """Return (kind, whether it orders memory between programs) of the PTX instructions that matter, as they stand."""
+    kinds = (
+        ("barrier", r"bar(rier)?\.sync"),
+        ("poll", r"ld\.\S*(acquire|relaxed|volatile)|atom\.\S*acquire"),
+        ("arrive", r"(atom|red)\."),
+        ("load", r"ld\.global"),
+        ("store", r"st\.global"),
+    )
+    # "@%p3 atom.global.gpu.release.add.u32 ..." or, without a predicate, "bar.sync 0;"
+    instructions = re.findall(r"^\s*(?:@!?%p\d+\s+)?([a-z][\w.]+)\s", ptx, re.MULTILINE)
+    events = []
+    for instruction in instructions:
+        kind = next((kind for kind, pattern in kinds if re.match(pattern, instruction)), None)
+        semantics = {"arrive": r"\.(release|acq_rel)\b", "poll": r"\.(acquire|acq_rel)\b"}.get(kind or "", "")
+        if kind is not None:
+            wide = re.search(r"\.(gpu|sys)\b", instruction) is not None
+            events.append((kind, wide and re.search(semantics, instruction) is not None))
+    return events
+
+
+def events_amd(assembly: str) -> list[tuple[str, bool]]:
+    """The same of gfx9 assembly: sc1 reaches all of the GPU; wbl2 writes the L2 back, inv empties the L1."""
+    kinds = (
+        ("barrier", r"s_barrier"),
+        ("poll", r"global_(load|atomic)\w* .*\bsc[01]"),
+        ("arrive", r"global_atomic"),
+        ("load", r"(global|buffer)_load"),
+        ("store", r"(global|buffer)_store"),
+    )
+    instructions = [line.strip() for line in re.findall(r"^\s+([a-z][^;\n]*)", assembly, re.MULTILINE)]
+    events = []
+    for n, instruction in enumerate(instructions):
+        kind = next((kind for kind, pattern in kinds if re.match(pattern, instruction)), None)
+        around = {"arrive": instructions[n - 2 : n], "poll": instructions[n + 1 : n + 3]}.get(kind or "")
+        release, acquire = ["buffer_wbl2 sc1", "s_waitcnt vmcnt(0)"], ["s_waitcnt vmcnt(0)", "buffer_inv sc1"]
+        if kind is not None:
+            events.append((kind, around == (release if kind == "arrive" else acquire)))
+    return events
+
+
+def faults(text: str) -> set[str]:
+    """Return what a kernel's machine code lacks to be ordered by its barrier."""
+    events = (events_amd if "amdgcn" in text else events_nvidia)(text)
+    found = {f"no {kind}" for kind in ("arrive", "poll") if kind not in dict(events)}
+    for n, (kind, ordered) in enumerate(events):
+        if kind == "arrive":
+            if not ordered:
+                found.add("arrive without release")
+            before = (earlier for earlier, _ in reversed(events[:n]) if earlier in ("barrier", "store"))
+            if next(before, "barrier") != "barrier":
+                found.add("arrive without block barrier")
+        if kind == "poll":
+            if not ordered:
+                found.add("poll without acquire")
+            after = (later for later, _ in events[n + 1 :] if later in ("barrier", "load", "store"))
+            if next(after, "barrier") != "barrier":
+                found.add("poll without block barrier")
+    return found
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_compiled_code_is_ordered_and_mutants_are_not(target):
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(HERE.parent), environment.get("PYTHONPATH")]))
+    command = [sys.executable, str(HERE / "compile_barriers.py"), target]
+    process = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    texts = json.loads(process.stdout)
+
+    found = {name: faults(text) for name, text in texts.items()}
+    right = {name for name in found if name.endswith(": ")}
+    assert right == {"exchange: ", "forward_persistent: ", "backward_persistent: "}
+    assert not any(found[name] for name in right), found
+    wrong = found.keys() - right
+    assert {name.split(": ")[1] for name in wrong} == FAULTS.keys()
+    for name in wrong:
+        expected = FAULTS[name.split(": ")[1]]
+        assert found[name], f"{name} passes"
+        assert found[name] <= expected, name
