@@ -1,0 +1,347 @@
+r"""Packed batches and projections on a CPU, through oneDNN's dense LSTM layer.
+
+Stock torch runs a PackedSequence step by step, each step some small ops and their autograd nodes. Here the steps are
+cut into chunks, and each chunk is one call of the op that stock uses for dense input (`aten.mkldnn_rnn_layer`), with as
+many rows as are active at its first step. A row that ends inside its chunk is dead from there on. One more input column
+makes that exact: it is 0 where a row lives and 1 where it is dead, and its weights for the gates (i, f, g, o) are
+(-1e30, 1e30, 0, -1e30), so that the sigmoids saturate to exactly 0 and 1:
+
+    alive  the layer as it was
+    dead   i = 0, f = 1, o = 0:  c_t = c_{t-1}, h_t = 0;   backward: da = 0, dc_{t-1} = dc_t
+
+A dead row so costs its share of a GEMM and nothing else, and c_n stands in the last c of its chunk. Cutting costs a
+call, in which oneDNN lays out the weights again; `_cut` weighs one against the other.
+
+Direction 1 takes each row from its own last step to its first. In that order too all rows begin together and end at
+their lengths, so the same cuts serve, filled from other rows of the data.
+
+A projection, which oneDNN has no kernel for either, leaves the recurrence: see `_project`.
+
+This is the wrong tool for dense input without projection (stock makes the very same call, once) and for float64 and
+float16, which oneDNN does not train.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastlstm import autograd
+
+_LSTM = 2  # the cell's number in aten.mkldnn_rnn_layer
+_SATURATED = (-1e30, 1e30, 0.0, -1e30)
+
+# what cutting costs, as rows that could be computed meanwhile: the weights' new layout and a fixed time, both measured
+_ROWS_PER_CUT = 128
+_FLOPS_PER_CUT = 1e7
+# a chunk's working memory stays below this, or below what our workspaces leave free of the size of stock's graph
+_CHUNK_BYTES = 4 << 20
+
+
+class _Chunk(NamedTuple):
+    """Consecutive steps of one direction that run as one dense batch; a place is step * rows + row.
+
+    Attributes:
+        steps: number of steps.
+        rows: number of batch rows, those active at the first step.
+        source: [steps * rows], the row of the packed data at each place (where it is dead, its last one).
+        dead: [any], the dead places.
+        ends: [any], the place of the last step of each row that goes no further: the last rows of the batch.
+    """
+
+    steps: int
+    rows: int
+    source: Tensor
+    dead: Tensor
+    ends: Tensor
+
+
+def lstm_layer(
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor,
+    weights: Sequence[autograd.DirectionWeights],
+    batch_sizes: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run the D directions of one layer over rows: `autograd.lstm_layer`, by oneDNN.
+
+    Args:
+        x: [N, I], float32 or bfloat16.
+        h0: [D, B, P] (P is H without projection).
+        c0: [D, B, H].
+        weights: one tuple (w_ih, w_hh, b_ih, b_hh, w_hr) a direction; biases and w_hr may be None.
+        batch_sizes: [T] int64 on the CPU for packed rows, or None for dense ones.
+
+    Returns:
+        output [N, D*P], h_n [D, B, P], c_n [D, B, H].
+    """
+    if batch_sizes is None:
+        B = h0.shape[1]
+        batch_sizes = torch.full((len(x) // B,), B)
+    if weights[0][4] is not None:
+        return _project(x, h0, c0, weights, batch_sizes)
+    flat = [weight for direction in weights for weight in direction]
+    chunks = _chunks(batch_sizes, x.shape[1], h0.shape[2], len(weights))
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, h0, c0, *flat)):
+        output, h_n, c_n, *_ = _PackedLayer.apply(x, h0, c0, batch_sizes, chunks, *flat)  # pyright: ignore
+        return output, h_n, c_n
+    output, h_n, c_n, *_ = _forward(x, h0, c0, flat, chunks, save=False)
+    return output, h_n, c_n
+
+
+def _project(
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor,
+    weights: Sequence[autograd.DirectionWeights],
+    batch_sizes: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run a layer with projection as one without, on m = o tanh(c): h = m W_hr^T, so h W_hh^T = m (W_hh W_hr)^T.
+
+    h0 has no m; it enters the gates of each row's first step, as input columns with the weights W_hh.
+    """
+    _, B, P = h0.shape
+    if h0.requires_grad or h0.any():
+        last_steps, offsets = _last_steps(batch_sizes)
+        b = torch.arange(B)
+        for d, state in enumerate(h0):
+            first_rows = offsets[last_steps] + b if d else b
+            x = torch.cat((x, x.new_zeros(len(x), P).index_add(0, first_rows, state)), 1)
+
+    plain: list[autograd.DirectionWeights] = []
+    for d, (w_ih, w_hh, b_ih, b_hh, w_hr) in enumerate(weights):
+        assert w_hr is not None
+        columns = [w_hh if d == e else torch.zeros_like(w_hh) for e in range((x.shape[1] - w_ih.shape[1]) // P)]
+        plain.append((torch.cat((w_ih, *columns), 1), w_hh @ w_hr, b_ih, b_hh, None))
+
+    m, m_n, c_n = lstm_layer(x, torch.zeros_like(c0), c0, plain, batch_sizes)
+    w_hr_t = [w_hr.t() for *_, w_hr in weights if w_hr is not None]
+    output = [m_d @ w for m_d, w in zip(m.chunk(len(weights), 1), w_hr_t, strict=True)]
+    h_n = [m_d @ w for m_d, w in zip(m_n, w_hr_t, strict=True)]
+    return torch.cat(output, 1), torch.stack(h_n), c_n
+
+
+class _PackedLayer(torch.autograd.Function):
+    """One layer over packed rows, its backward by oneDNN too, chunk by chunk."""
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        h0: Tensor,
+        c0: Tensor,
+        batch_sizes: Tensor,
+        chunks: list[list[_Chunk]],
+        *flat: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        """Return what `lstm_layer` does, and for each chunk the states around it and oneDNN's workspace."""
+        return _forward(x, h0, c0, flat, chunks, save=True)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        """Save for backward.
+
+        Beyond the inputs and the output that the caller holds anyway, a row and direction cost what oneDNN's forward
+        writes into its workspace, about 24H bytes in float32. Its backward writes several times as much into the
+        same workspace, so each is dropped as soon as it is used, and made again if the graph is walked twice. What
+        was gathered is gathered again.
+        """
+        x, h0, c0, batch_sizes, chunks, *flat = inputs
+        rows, _, _, *states = output
+        ctx.mark_non_differentiable(*states)
+        ctx.set_materialize_grads(False)  # a workspace needs no gradient of zeros
+        ctx.workspaces = [states.pop(k) for k in range(4, 4 * len(states) // 5 + 1, 4)]
+        ctx.save_for_backward(x, h0, c0, batch_sizes, *flat, rows, *states)
+        ctx.chunks = chunks
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple:
+        """Return the gradient of each input that needs one."""
+        x, h0, c0, batch_sizes, *saved = ctx.saved_tensors
+        flat, output, states = saved[: 5 * len(h0)], saved[5 * len(h0)], saved[5 * len(h0) + 1 :]
+        d_output, dh_n, dc_n = (
+            torch.zeros_like(like) if cotangent is None else cotangent
+            for cotangent, like in zip(cotangents[:3], (output, h0, c0), strict=True)
+        )
+        needs = (*ctx.needs_input_grad[:3], *ctx.needs_input_grad[5:])
+        inputs = (x, h0, c0, *flat)
+        if torch.is_grad_enabled():
+            gradients = autograd._differentiable_backward((d_output, dh_n, dc_n), inputs, needs, batch_sizes)
+        else:
+            gradients = _backward((d_output, dh_n, dc_n), inputs, needs, output, states, ctx.workspaces, ctx.chunks)
+        return *gradients[:3], None, None, *gradients[3:]
+
+
+def _forward(
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor,
+    flat: Sequence[Tensor | None],
+    chunks: list[list[_Chunk]],
+    save: bool,
+) -> tuple[Tensor, ...]:
+    """Run every chunk of every direction; with `save`, return five more tensors a chunk for `_backward`."""
+    H = h0.shape[2]
+    output = x.new_zeros(len(x), len(h0) * H)
+    h_n = torch.empty_like(h0, memory_format=torch.contiguous_format)
+    c_n = torch.empty_like(h_n)
+    states: list[Tensor] = []
+    for d, chunks_d in enumerate(chunks):
+        weights, has_biases = _direction(flat, d)
+        output_d = output[:, d * H : (d + 1) * H]
+        # c stays in float32 from chunk to chunk; oneDNN asks for contiguous states but does not check
+        h, c = h0[d].contiguous(), c0[d].float().contiguous()
+        for chunk in chunks_d:
+            before = h, c = h[: chunk.rows], c[: chunk.rows]
+            y, h, c, workspace = _run(_gather_input(x, chunk), weights, *before, has_biases, save)
+            y = y.view(-1, H)
+            output_d.index_add_(0, chunk.source, y)  # dead places add 0
+            ended = slice(chunk.rows - len(chunk.ends), chunk.rows)
+            h_n[d, ended] = y.index_select(0, chunk.ends)
+            c_n[d, ended] = c[ended]
+            if save:
+                states += (*before, h, c, workspace)
+    return output, h_n, c_n, *states
+
+
+def _backward(
+    cotangents: tuple[Tensor, Tensor, Tensor],
+    inputs: tuple[Tensor, ...],
+    needs: tuple[bool, ...],
+    output: Tensor,
+    states: list[Tensor],
+    workspaces: list[Tensor | None],
+    chunks: list[list[_Chunk]],
+) -> list[Tensor | None]:
+    """Run the adjoint of every chunk, the last one first; sums over chunks are float32."""
+    d_output, dh_n, dc_n = cotangents
+    x, h0, c0, *flat = inputs
+    H = h0.shape[2]
+    dx = torch.zeros_like(x, memory_format=torch.contiguous_format) if needs[0] else None
+    dh0, dc0 = torch.empty_like(h0), torch.empty_like(c0)
+    dflat: list[Tensor | None] = []
+    for d, chunks_d in enumerate(chunks):
+        weights, has_biases = _direction(flat, d)
+        columns = slice(d * H, (d + 1) * H)
+        dh = dc = h0.new_empty(0, H, dtype=torch.float32)
+        sums: list[Tensor] = []
+        for k in reversed(range(len(chunks_d))):
+            chunk = chunks_d[k]
+            at = d * len(chunks_d) + k
+            h_before, c_before, h_after, c_after = states[4 * at : 4 * at + 4]
+            x_chunk = _gather_input(x, chunk)
+            workspace, workspaces[at] = workspaces[at], None
+            if workspace is None:
+                workspace = _run(x_chunk, weights, h_before, c_before, has_biases, True)[3]
+            ended = slice(chunk.rows - len(chunk.ends), chunk.rows)
+            # rows that go on get theirs from the next chunk; one that ends here from c_n, and from h_n at the end
+            dc = torch.cat((dc, dc_n[d, ended]))
+            dh = torch.cat((dh, dh.new_zeros(len(chunk.ends), H)))
+            dy = _gather(d_output[:, columns], chunk)
+            dy.index_add_(0, chunk.ends, dh_n[d, ended])
+
+            shape = chunk.steps, chunk.rows, H
+            dx_chunk, *dweights, dh, dc = torch.ops.aten.mkldnn_rnn_layer_backward.default(
+                x_chunk, *weights, h_before, c_before,
+                _gather(output[:, columns], chunk).view(shape), h_after, c_after, dy.view(shape), dh, dc,
+                False, _LSTM, H, 1, has_biases, True, False, [], False, workspace,
+            )  # fmt: skip
+            if dx is not None:
+                dx.index_add_(0, chunk.source, dx_chunk.flatten(0, 1)[:, : x.shape[1]].to(x.dtype))
+            sums = [a.add_(b) for a, b in zip(sums, dweights, strict=True)] if sums else dweights
+        dh0[d], dc0[d] = dh, dc
+        dw_ih, *others = sums
+        dflat += [dw_ih[:, : x.shape[1]], *others, None]
+    gradients = zip((dx, dh0, dc0, *dflat), needs, strict=True)
+    return [g.to(x.dtype) if g is not None and needed else None for g, needed in gradients]
+
+
+def _run(
+    x: Tensor, weights: list[Tensor], h: Tensor, c: Tensor, has_biases: bool, save: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Call oneDNN's layer on a dense batch: output, h, c and, with `save`, the workspace that its backward reads."""
+    options = False, [], _LSTM, h.shape[1], 1, has_biases, False, False, save
+    with torch.set_grad_enabled(save):  # grad mode is how the op is asked for a workspace
+        return torch.ops.aten.mkldnn_rnn_layer.default(x, *weights, h, c, *options)
+
+
+def _direction(flat: Sequence[Tensor | None], d: int) -> tuple[list[Tensor], bool]:
+    """Return one direction's weights as the op takes them, and whether it has biases.
+
+    w_ih gets the column for dead rows.
+    """
+    w_ih, w_hh, b_ih, b_hh, _ = flat[5 * d : 5 * d + 5]
+    assert w_ih is not None
+    assert w_hh is not None
+    column = w_ih.new_tensor(_SATURATED).repeat_interleave(w_hh.shape[1]).unsqueeze(1)
+    w_ih = torch.cat((w_ih.detach(), column), 1)
+    none = w_ih.new_empty(0)
+    biases = [none if b is None else b.detach() for b in (b_ih, b_hh)]
+    return [w_ih, w_hh.detach(), *biases], b_ih is not None
+
+
+def _gather(rows: Tensor, chunk: _Chunk) -> Tensor:
+    """Return the chunk's rows [steps * rows, K] out of packed ones [N, K], 0 at dead places."""
+    return rows.index_select(0, chunk.source).index_fill_(0, chunk.dead, 0)
+
+
+def _gather_input(x: Tensor, chunk: _Chunk) -> Tensor:
+    """Return the chunk's input [steps, rows, I + 1], the column that tells dead places last."""
+    I = x.shape[1]  # noqa: E741
+    gathered = x.new_empty(len(chunk.source), I + 1)
+    torch.index_select(x.detach(), 0, chunk.source, out=gathered[:, :I])
+    gathered[:, I] = 0
+    gathered.index_fill_(0, chunk.dead, 0)
+    gathered[:, I].index_fill_(0, chunk.dead, 1)
+    return gathered.view(chunk.steps, chunk.rows, I + 1)
+
+
+def _chunks(batch_sizes: Tensor, I: int, H: int, D: int) -> list[list[_Chunk]]:  # noqa: E741
+    """Cut a packed layer into chunks, the same cuts for each of the D directions."""
+    cuts = _cut(batch_sizes, I, H)
+    chunks: list[list[_Chunk]] = [[] for _ in range(D)]
+    last_steps, offsets = _last_steps(batch_sizes)
+    for (start, rows), (end, rows_after) in itertools.pairwise(cuts):
+        step = torch.arange(start, end).unsqueeze(1)
+        b = torch.arange(rows)
+        last = last_steps[:rows]
+        dead = (step > last).flatten().nonzero().squeeze(1)
+        step = torch.minimum(step, last)  # [steps, rows]
+        ends = (last[rows_after:] - start) * rows + b[rows_after:]
+        for d in range(D):
+            source = offsets[last - step if d else step] + b
+            chunks[d].append(_Chunk(end - start, rows, source.flatten(), dead, ends))
+    return chunks
+
+
+def _last_steps(batch_sizes: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the last step of each row [B], and the first row of each step in packed data [T]."""
+    lengths = batch_sizes.bincount().flip(0).cumsum(0).flip(0)[1:]
+    return lengths - 1, batch_sizes.cumsum(0) - batch_sizes
+
+
+def _cut(batch_sizes: Tensor, I: int, H: int) -> list[tuple[int, int]]:  # noqa: E741
+    """Return (first step, rows active there) of each chunk, and (T, 0) as the last item.
+
+    A chunk ends where its dead places would come to cost more than another call.
+    """
+    row_floats = 8 * max(I, H) + 12 * H  # oneDNN's backward, its workspace included
+    rows_per_cut = _ROWS_PER_CUT + _FLOPS_PER_CUT / (8 * H * (I + H))
+    most = max(_CHUNK_BYTES / 4 / row_floats, int(batch_sizes.sum()) * 6 * H / row_floats)
+    values, counts = batch_sizes.unique_consecutive(return_counts=True)
+    cuts: list[tuple[int, int]] = []
+    start = dead = cut_at = 0
+    for rows, steps in zip(values.tolist(), counts.tolist(), strict=True):
+        if cuts:
+            dead += (cuts[-1][1] - rows) * steps
+        if dead > rows_per_cut:
+            cut_at = start
+        while cut_at < start + steps:
+            cuts.append((cut_at, rows))
+            cut_at += max(1, int(most // rows))
+            dead = 0
+        start += steps
+    return [*cuts, (start, 0)]

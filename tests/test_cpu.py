@@ -1,0 +1,355 @@
+"""Packed batches and projections through oneDNN: right to stock's own error, no larger than stock, and well routed."""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import Layer, assert_close, make_layer_inputs, run_lstm
+from torch import nn
+from torch.nn.utils.rnn import PackedSequence, pack_sequence
+
+import fastlstm
+from fastlstm import cpu, dispatch
+from fastlstm.dispatch import Problem, decide, device_of
+
+pytestmark = pytest.mark.skipif(not dispatch._onednn_has(torch.float32), reason="needs oneDNN")
+NEEDS_BFLOAT16 = pytest.mark.skipif(not dispatch._onednn_has(torch.bfloat16), reason="needs a CPU with bfloat16")
+DTYPES = (torch.float32, pytest.param(torch.bfloat16, marks=NEEDS_BFLOAT16))
+# _ROWS_PER_CUT, _CHUNK_BYTES: what makes the chunks what their names say
+CUTS = {"one chunk": (1e9, 1 << 40), "a chunk a run": (0, 1 << 40), "within runs": (1e9, 0), "some": (9, 1 << 40)}
+LENGTHS = (21, 20, 20, 13, 7, 7, 1)
+
+
+class Chunked(Layer):
+    """One layer through `cpu.lstm_layer`."""
+
+    def run(self, data, hx, batch_sizes):
+        rows = data.reshape(-1, data.shape[-1])
+        output, h_n, c_n = cpu.lstm_layer(rows, *hx, self.weights(), batch_sizes)
+        return output.reshape(*data.shape[:-1], -1), (h_n, c_n)
+
+
+@pytest.fixture
+def cut(monkeypatch):
+    """Return a function that makes every layer cut as a line of CUTS says."""
+
+    def set_cuts(name):
+        rows, size = CUTS[name]
+        monkeypatch.setattr(cpu, "_ROWS_PER_CUT", rows)
+        monkeypatch.setattr(cpu, "_FLOPS_PER_CUT", 0)
+        monkeypatch.setattr(cpu, "_CHUNK_BYTES", size)
+
+    return set_cuts
+
+
+def make_packed(lengths=LENGTHS, **sizes):
+    stock, x, hx = make_layer_inputs(**sizes, lengths=lengths, packed=True, dtype=torch.float32)
+    assert isinstance(x, PackedSequence)
+    return stock, x, hx
+
+
+def in_float64(x, hx):
+    data = x._replace(data=x.data.double()) if isinstance(x, PackedSequence) else x.double()
+    return data, tuple(state.double() for state in hx)
+
+
+def assert_true(ours: nn.Module, stock: nn.LSTM, x, hx, dtype) -> None:
+    """Assert that `ours` is as near to stock in float64 as stock in `dtype` is, or nearly."""
+    truth = run_lstm(copy.deepcopy(stock).double(), *in_float64(x, hx))
+    assert_close(run_lstm(ours, x, hx), truth, run_lstm(stock, x, hx), dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("D", [1, 2])
+@pytest.mark.parametrize("name", CUTS)
+def test_agrees_with_float64(name, D, dtype, cut):
+    cut(name)
+    for bias in (True, False):
+        stock, x, hx = make_layer_inputs(I=5, H=19, D=D, bias=bias, lengths=LENGTHS, packed=True, dtype=dtype)
+        assert_true(Chunked(stock), stock, x, hx, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("lengths", [(6, 6, 6), (1,), (1, 1, 1), (9,), tuple(range(40, 0, -1))], ids=len)
+def test_agrees_for_any_lengths(lengths, dtype):
+    stock, x, hx = make_layer_inputs(I=3, H=8, D=2, lengths=lengths, packed=True, dtype=dtype)
+    assert_true(Chunked(stock), stock, x, hx, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("D", [1, 2])
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "dense"])
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
+def test_projection_leaves_the_recurrence(packed, D, dtype):
+    stock, x, hx = make_layer_inputs(I=5, H=12, P=5, D=D, lengths=LENGTHS, packed=packed, dtype=dtype)
+    assert_true(Chunked(stock), stock, x, hx, dtype)
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
+def test_projection_from_zero_states_has_no_columns_for_them(monkeypatch):
+    stock, x, hx = make_packed(I=5, H=12, P=5, D=2)
+    zeros = torch.zeros_like(hx[0]), torch.zeros_like(hx[1])
+    widths = []
+    chunks = cpu._chunks
+    monkeypatch.setattr(cpu, "_chunks", lambda *given: (widths.append(given[1]), chunks(*given))[1])
+    with torch.no_grad():
+        for states in (zeros, hx):
+            (got, got_states), (expected, expected_states) = Chunked(stock)(x, states), stock(x, states)
+            torch.testing.assert_close((got.data, *got_states), (expected.data, *expected_states))
+    assert widths == [5, 5 + 2 * 5]
+
+
+@NEEDS_BFLOAT16
+def test_the_cell_state_is_not_rounded_between_chunks(cut):
+    # c grows by about 1e-3 a step, less than half a unit in its last place in bfloat16 once it has passed 1
+    H, T = 4, 400
+    weights = [torch.zeros(4 * H, 1), torch.zeros(4 * H, H), torch.tensor([-7.0, 20, 20, 20]).repeat_interleave(H)]
+    w_ih, w_hh, b_ih = (weight.bfloat16() for weight in weights)
+    x = torch.zeros(T + 1, 1, dtype=torch.bfloat16)
+    states = torch.zeros(1, 2, H, dtype=torch.bfloat16), torch.ones(1, 2, H, dtype=torch.bfloat16)
+    batch_sizes = torch.ones(T, dtype=torch.int64)
+    batch_sizes[0] = 2
+    for name in ("one chunk", "within runs"):
+        cut(name)
+        _, _, c_n = cpu.lstm_layer(x, *states, [(w_ih, w_hh, b_ih, torch.zeros_like(b_ih), None)], batch_sizes)
+        torch.testing.assert_close(c_n[0, 0], torch.full((H,), 1.36), rtol=0.01, atol=0, check_dtype=False)
+
+
+def test_rows_do_not_leak(cut):
+    cut("one chunk")
+    stock, x, hx = make_packed(I=5, H=7, D=2)
+    layer = Chunked(stock)
+    clean = layer(x, hx)[0].data.detach()
+    row = torch.cat([torch.arange(n) for n in x.batch_sizes.tolist()])
+    for bad in (float("nan"), float("inf"), 1e6):
+        data = x.data.clone()
+        data[row == 3, 0] = bad
+        output, (h_n, c_n) = layer(x._replace(data=data), hx)
+        assert torch.equal(output.data[row != 3], clean[row != 3])
+        expected, (h_expected, c_expected) = stock(x._replace(data=data), hx)
+        for got, want in ((output.data, expected.data), (h_n, h_expected), (c_n, c_expected)):
+            torch.testing.assert_close(got, want, equal_nan=True)
+
+
+def test_dead_rows_keep_their_state_against_any_bias(cut):
+    cut("one chunk")
+    stock, x, hx = make_packed(I=5, H=7, D=2)
+    with torch.no_grad():
+        dict(stock.named_parameters())["bias_ih_l0"].fill_(1e6)
+        torch.testing.assert_close(Chunked(stock)(x, hx)[1], stock(x, hx)[1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("enforce_sorted", [True, False], ids=["sorted", "unsorted"])
+def test_a_network_agrees_with_stock(enforce_sorted, training, dtype):
+    torch.manual_seed(0)
+    stock = nn.LSTM(6, 9, num_layers=2, bidirectional=True, dropout=0.4, dtype=dtype).train(training)
+    ours = fastlstm.LSTM(6, 9, num_layers=2, bidirectional=True, dropout=0.4, dtype=dtype).train(training)
+    ours.load_state_dict(stock.state_dict())
+    lengths = LENGTHS if enforce_sorted else LENGTHS[::-1]
+    x = pack_sequence([torch.randn(n, 6, dtype=dtype) for n in lengths], enforce_sorted=enforce_sorted)
+    hx = tuple(torch.randn(4, len(lengths), 9, dtype=dtype) for _ in range(2))
+    assert fastlstm.explain(ours, x).backend == "onednn"
+
+    def run(lstm, *inputs):
+        torch.manual_seed(3)  # equal seeds drop equal elements, whatever the dtype
+        return run_lstm(lstm, *inputs)
+
+    truth = run(copy.deepcopy(stock).double(), *in_float64(x, hx))
+    assert_close(run(ours, x, hx), truth, run(stock, x, hx), dtype=dtype)
+
+
+@pytest.mark.parametrize("wanted", [("x",), ("h0",), ("c0",), ("weight_hh_l0",), ("bias_ih_l0_reverse", "c0")], ids=str)
+def test_only_what_requires_grad_gets_one(wanted):
+    stock, x, hx = make_packed(I=3, H=4, D=2)
+    gradients = []
+    for layer in (stock, Chunked(stock)):
+        leaves = {"x": x.data.clone(), "h0": hx[0].clone(), "c0": hx[1].clone(), **dict(layer.named_parameters())}
+        for name, leaf in leaves.items():
+            leaf.requires_grad_(name in wanted)
+        output, (h_n, c_n) = layer(x._replace(data=leaves["x"]), (leaves["h0"], leaves["c0"]))
+        (output.data.sum() + (h_n * c_n).sum()).backward()
+        gradients.append({name: leaf.grad for name, leaf in leaves.items()})
+    expected, got = gradients
+    for name, gradient in got.items():
+        assert (gradient is not None) == (name in wanted)
+        if gradient is not None:
+            torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("part", ["output", "h_n", "c_n"])
+def test_one_result_alone(part):
+    stock, x, hx = make_packed(I=3, H=4, D=2)
+    gradients = []
+    for layer in (stock, Chunked(stock)):
+        output, (h_n, c_n) = layer(x, hx)
+        {"output": output.data, "h_n": h_n, "c_n": c_n}[part].square().sum().backward()
+        gradients.append({name: parameter.grad for name, parameter in layer.named_parameters()})
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-5)
+
+
+def test_the_graph_can_be_walked_twice_and_differentiated():
+    stock, x, hx = make_packed(I=3, H=4, D=2, lengths=(7, 5, 2))
+    seconds = []
+    for layer in (stock, Chunked(stock)):
+        data = x.data.clone().requires_grad_()
+        output, (_, c_n) = layer(x._replace(data=data), hx)
+        loss = output.data.square().sum() + c_n.pow(3).sum()
+        once, twice = (torch.autograd.grad(loss, data, retain_graph=True)[0] for _ in range(2))
+        assert torch.equal(once, twice)
+        (first,) = torch.autograd.grad(loss, data, create_graph=True)
+        torch.testing.assert_close(first, once, rtol=1e-4, atol=1e-5)
+        seconds.append(torch.autograd.grad(first.square().sum(), [data, *layer.parameters()]))
+    torch.testing.assert_close(seconds[1], seconds[0], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_inference_equals_training_and_has_no_graph(mode):
+    stock, x, hx = make_packed(I=3, H=4, D=2)
+    layer = Chunked(stock)
+    output, states = layer(x, hx)
+    assert output.data.requires_grad
+    with mode():
+        bare_output, bare_states = layer(x, hx)
+    assert not bare_output.data.requires_grad
+    torch.testing.assert_close((bare_output.data, *bare_states), (output.data, *states))
+
+
+def test_any_stride():
+    stock, x, hx = make_packed(I=3, H=4, D=2)
+    expected = run_lstm(Chunked(stock), x, hx)
+    h0, c0 = (state.mT.contiguous().mT for state in hx)
+    strided = run_lstm(Chunked(stock), x._replace(data=x.data.mT.contiguous().mT), (h0, c0))
+    torch.testing.assert_close(strided, expected)
+
+
+@pytest.mark.parametrize("lengths", [LENGTHS, (5,), (64, 1), tuple(range(200, 0, -1))], ids=len)
+def test_cuts_cover_all_steps_and_bound_waste_and_size(lengths, monkeypatch):
+    batch_sizes = pack_sequence([torch.zeros(n, 1) for n in lengths]).batch_sizes
+    T, I, H = len(batch_sizes), 64, 64  # noqa: E741
+    monkeypatch.setattr(cpu, "_CHUNK_BYTES", 0)
+    monkeypatch.setattr(cpu, "_FLOPS_PER_CUT", 0)
+    cuts = cpu._cut(batch_sizes, I, H)
+    assert cuts[0] == (0, len(lengths))
+    assert cuts[-1] == (T, 0)
+    for (start, rows), (end, _) in pairwise(cuts):
+        assert start < end
+        assert rows == batch_sizes[start]
+        places, alive = rows * (end - start), int(batch_sizes[start:end].sum())
+        assert places - alive <= cpu._ROWS_PER_CUT
+        assert end - start == 1 or places <= sum(lengths) * 6 / 20
+
+
+PACKED = Problem(T=100, B=16, I=64, H=128, runs=14, training=True)
+
+
+@pytest.mark.parametrize(
+    ("backend", "changes"),
+    [
+        ("onednn", {}),
+        ("onednn", {"training": False}),
+        ("onednn", {"dtype": torch.bfloat16}),
+        ("onednn", {"P": 64}),
+        ("onednn", {"P": 64, "runs": 0}),
+        ("torch", {"runs": 0}),
+        ("torch", {"runs": 1}),
+        ("torch", {"B": 0}),
+        ("torch", {"T": 3}),
+        ("torch", {"T": 20, "training": False}),
+        ("reference", {"P": 16}),
+        ("torch", {"P": 16, "training": False}),
+        ("reference", {"I": 4096}),
+        ("torch", {"I": 1024, "dtype": torch.bfloat16}),
+        ("reference", {"I": 1024, "H": 1024}),
+        ("reference", {"dtype": torch.float64}),
+        ("reference", {"dtype": torch.float64, "runs": 0}),
+        ("torch", {"dtype": torch.float64, "T": 5}),
+        ("torch", {"dtype": torch.float64, "training": False}),
+        ("reference", {"dtype": torch.float16, "training": False}),
+        ("torch", {"dtype": torch.float16, "training": False, "B": 1}),
+        ("reference", {"dtype": torch.complex64}),
+    ],
+    ids=str,
+)
+def test_auto_on_a_cpu(backend, changes, monkeypatch):
+    monkeypatch.setattr(dispatch, "_onednn_has", lambda dtype: dtype in (torch.float32, torch.bfloat16))
+    problem = Problem(**{**vars(PACKED), **changes})
+    assert decide(problem, device_of(torch.device("cpu"))).backend == backend
+
+
+@pytest.mark.parametrize(
+    ("training", "runs", "backend"), [(True, 14, "reference"), (True, 0, "reference"), (False, 14, "torch")]
+)
+def test_auto_without_onednn(training, runs, backend, monkeypatch):
+    monkeypatch.setattr(torch._C, "_get_mkldnn_enabled", lambda: False)
+    problem = Problem(**{**vars(PACKED), "training": training, "runs": runs})
+    assert decide(problem, device_of(torch.device("cpu"))).backend == backend
+
+
+MEASURE_PEAKS = """
+import os, sys
+import torch, fastlstm
+from torch.nn.utils.rnn import pack_sequence
+
+def kilobytes(key):
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith(key))
+
+def run(cls, dtype, training, lengths, I, H, P):
+    lstm = cls(I, H, proj_size=P, dtype=dtype)
+    x = pack_sequence([torch.randn(n, I, dtype=dtype) for n in lengths])
+    x.data.requires_grad_(training)
+    with open("/proc/self/clear_refs", "w") as clear:
+        clear.write("5")  # the peak begins anew
+    before, code_before = kilobytes("VmRSS"), kilobytes("RssFile")
+    with torch.set_grad_enabled(training):
+        output, (h_n, c_n) = lstm(x)
+        if training:
+            (output.data.sum() + h_n.sum() + c_n.sum()).backward()
+    code = kilobytes("RssFile") - code_before  # pages of torch's libraries that were touched for the first time
+    return kilobytes("VmHWM") - before - code
+
+def spread(T, B):
+    return [T - b * T // (2 * B) for b in range(B)]
+
+torch.set_num_threads(1)
+shapes = [
+    (spread(100, 64), 64, 128, 0),
+    (spread(100, 48), 256, 48, 0),
+    (spread(40, 80), 128, 256, 0),
+    (spread(100, 64), 64, 128, 32),
+]
+for dtype in [torch.float32] + [torch.bfloat16] * ("bfloat16" in sys.argv):
+    for training in (True, False):
+        for lengths, *sizes in shapes:
+            for cls in (torch.nn.LSTM, fastlstm.LSTM):
+                # each in a process of its own, so that none finds memory that another has freed
+                if os.fork() == 0:
+                    run(cls, dtype, training, spread(30, 4), *sizes)  # what is loaded and compiled once
+                    peak = run(cls, dtype, training, lengths, *sizes)
+                    os.write(1, f"{dtype} training={training} {sizes} {cls.__module__} {peak}\\n".encode())
+                    os._exit(0)
+                os.wait()
+"""
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's /proc")
+def test_peak_memory_is_not_above_stocks():
+    # freed blocks go back to the system at once, so that the peak of the resident set is what was in use
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    script = [sys.executable, "-W", "ignore", "-c", MEASURE_PEAKS]
+    script += ["bfloat16"] if dispatch._onednn_has(torch.bfloat16) else []
+    root = Path(__file__).parent.parent
+    done = subprocess.run(script, env=environment, cwd=root, capture_output=True, text=True, check=True)
+    lines = done.stdout.splitlines()
+    assert len(lines) >= 16, done.stderr
+    for stock, ours in zip(lines[::2], lines[1::2], strict=True):
+        assert int(ours.split()[-1]) <= 1.1 * int(stock.split()[-1]), f"{ours}, stock {stock}"
