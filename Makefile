@@ -19,7 +19,7 @@ bench: $(VENV)/stamp-bench  ## compare fastlstm with torch.nn.LSTM on this machi
 	$(BIN)/python -m benchmarks $(ARGS)
 
 test: $(VENV)/stamp-test  ## prove outputs and every gradient, on the CPU
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto $(ARGS)
 
 test-gpu: $(VENV)/stamp-test  ## the same proofs, natively on the GPU
 	$(BIN)/python -m pytest -m gpu $(ARGS)
@@ -31,7 +31,7 @@ lint: $(VENV)/stamp-dev  ## ruff check and ruff format --check
 type: $(VENV)/stamp-dev  ## pyright
 	$(BIN)/pyright
 
-plot: $(VENV)/stamp-bench  ## draw the plots of the committed result files again
+plot: $(VENV)/stamp-bench  ## draw the committed result files again, and the table of the README
 	$(BIN)/python -m benchmarks.plot
 
 clean:  ## remove the virtual environment and every cache

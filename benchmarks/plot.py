@@ -1,6 +1,7 @@
 """Draw a result file: one bar per workload and mode, from stock's speed to fastlstm's.
 
-`python -m benchmarks.plot` draws the committed result files again, `python -m benchmarks.plot FILE...` others.
+`python -m benchmarks.plot` draws the committed result files again, and the README's table with them;
+`python -m benchmarks.plot FILE...` draws others.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from benchmarks.peers import EAGER, OURS
-from benchmarks.results import Result, Spread, committed, label, load, provenance, verdict
+from benchmarks.results import README, Result, Spread, committed, fill_readme, label, load, provenance, verdict
 
 FASTER, EVEN, SLOWER, INK, FAINT = "#2a7f62", "#9aa5a0", "#c8553d", "#22302b", "#e3e8e6"
 QUIET = "#5b6863"
@@ -143,13 +144,17 @@ def main() -> None:
     """Draw result files as PNG images beside them."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help="result files; the committed ones if none")
-    files = parser.parse_args().files or committed()
+    named = parser.parse_args().files
+    files = named or committed()
     if not files:
         print("no result file is committed: python -m benchmarks --json benchmarks/results/NAME.json makes one")
     for file in files:
         image = file.with_suffix(".png")
         draw(load(file), image)
         print(image)
+    if not named:
+        README.write_text(fill_readme(README.read_text()))
+        print(README)
 
 
 if __name__ == "__main__":

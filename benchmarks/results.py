@@ -13,6 +13,11 @@ from typing import Literal, TypedDict
 
 SCHEMA = 1
 FOLDER = Path(__file__).parent / "results"
+README = FOLDER.parent.parent / "README.md"
+
+# what the README shows of a result file, and where: between two comments, of which the first names the file
+README_ROWS = r"^(b|c|f)/(dense|packed)/fp32|^b/packed/bf16|^b/packed-(bidir|2layer)|^b/dense-proj|^b/.*/fp64|^charlm"
+README_TABLE = re.compile(r"(?P<begin><!-- results: (?P<file>\S+) -->)\n.*?(?P<end><!-- end of results -->)", re.DOTALL)
 
 
 class Spread(TypedDict):
@@ -180,6 +185,17 @@ def markdown(result: Result, pattern: str = "", column: str = "fastlstm") -> str
                 f"| | {found['ratio']['median']:.2f}x ({stock['seconds']:.1f} to {found['seconds']:.1f} s) | |"
             )
     return "\n".join(lines) + "\n"
+
+
+def fill_readme(readme: str) -> str:
+    """Return the README with the table between its markers made again from the result file that they name."""
+
+    def table(match: re.Match[str]) -> str:
+        result = load(README.parent / match["file"])
+        body = f"{markdown(result, README_ROWS)}\n{provenance(result)}; `{result['command']}`"
+        return f"{match['begin']}\n{body}\n{match['end']}"
+
+    return README_TABLE.sub(table, readme)
 
 
 def memory(row: Row | None, column: str) -> str:

@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import functional as F  # noqa: N812
 
-from fastlstm import reference
+from fastlstm import dispatch, reference
 
 # w_ih [4H, I], w_hh [4H, P], b_ih [4H], b_hh [4H], w_hr [P, H] of one direction
 DirectionWeights = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
@@ -38,17 +39,30 @@ def lstm_layer(
         c0: [D, B, H].
         weights: one tuple (w_ih, w_hh, b_ih, b_hh, w_hr) a direction; biases and w_hr may be None.
         batch_sizes: [T] int64 on the CPU for packed rows, or None for dense ones.
-        backend: "reference" or "triton".
+        backend: "reference", "triton", or "auto" for the better of the two where and when the layer runs.
 
     Returns:
         output [N, D*P], h_n [D, B, P], c_n [D, B, H].
     """
     flat = [weight for direction in weights for weight in direction]
+    if transformed():
+        return _differentiable(x, h0, c0, flat, batch_sizes)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, h0, c0, *flat)):
         output, h_n, c_n, _, _ = LSTMFunction.apply(x, h0, c0, batch_sizes, backend, *flat)  # pyright: ignore
         return output, h_n, c_n
     output, h_n, c_n, _, _ = lstm_forward(x, h0, c0, *_by_kind(flat), batch_sizes, False, backend)
     return output, h_n, c_n
+
+
+def transformed() -> bool:
+    """Whether torch.func or forward-mode AD is at work: they see into plain ops only, and past ours to a wrong result.
+
+    torch.compile has transforms of its own, and never asks.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    functions: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
+    return forward_ad._current_level >= 0 or functions.peek_interpreter_stack() is not None
 
 
 class LSTMFunction(torch.autograd.Function):
@@ -108,22 +122,20 @@ def _backward(
     x, h0, c0, *flat = inputs
     output, gates, cells = saved
     needs_x, needs_h0, needs_c0, *needs_flat = needs
-    D, B, P = h0.shape
+    D, B, _ = h0.shape
     H = c0.shape[2]
     w_ih, _, w_hh, w_hr = _by_kind(flat)
     dgates, dc0, dh = lstm_backward(*cotangents, gates, cells, c0, w_hh, w_hr, batch_sizes, backend)
 
     dx = dgates @ w_ih if needs_x else None
-    dh0 = torch.empty_like(h0) if needs_h0 else None
+    dh0: list[Tensor] = []
     dflat: list[Tensor | None] = []
-    for d in range(D):
+    for d, (dgates_d, output_d) in enumerate(zip(dgates.chunk(D, 1), output.chunk(D, 1), strict=True)):
         needs_w_ih, needs_w_hh, needs_b_ih, needs_b_hh, needs_w_hr = needs_flat[5 * d : 5 * d + 5]
-        dgates_d = dgates[:, d * 4 * H : (d + 1) * 4 * H]
-        output_d = output[:, d * P : (d + 1) * P]
         reverse = d == 1
         dw_ih = dw_hh = db = dw_hr = None
-        if dh0 is not None:
-            torch.mm(reference.first_rows(dgates_d, B, batch_sizes, reverse), w_hh[d], out=dh0[d])
+        if needs_h0:
+            dh0.append(reference.first_rows(dgates_d, B, batch_sizes, reverse) @ w_hh[d])
         if needs_w_ih:
             dw_ih = dgates_d.t() @ x
         if needs_w_hh:
@@ -133,9 +145,9 @@ def _backward(
         if needs_w_hr:
             o = gates[:, (4 * d + 3) * H : (4 * d + 4) * H]
             m = o * cells[:, d * H : (d + 1) * H].tanh().to(o.dtype)
-            dw_hr = dh[:, d * P : (d + 1) * P].t() @ m
+            dw_hr = dh.chunk(D, 1)[d].t() @ m
         dflat += [dw_ih, dw_hh, db if needs_b_ih else None, db if needs_b_hh else None, dw_hr]
-    return [dx, dh0, dc0 if needs_c0 else None, *dflat]
+    return [dx, _stack(dh0) if needs_h0 else None, dc0 if needs_c0 else None, *dflat]
 
 
 def _differentiable_backward(
@@ -148,11 +160,18 @@ def _differentiable_backward(
     # aliases: a path from one input to another outside this layer must not be counted
     aliases: list[Any] = [None if t is None else t.view_as(t) for t in inputs]
     x, h0, c0, *flat = aliases
-    w_ih, bias, w_hh, w_hr = _by_kind(flat)
-    outputs = reference.lstm_differentiable(F.linear(x, w_ih, bias), h0, c0, w_hh, w_hr, batch_sizes)
+    outputs = _differentiable(x, h0, c0, flat, batch_sizes)
     wanted = [alias for alias, needed in zip(aliases, needs, strict=True) if needed and alias is not None]
     gradients = iter(torch.autograd.grad(outputs, wanted, cotangents, create_graph=True, allow_unused=True))
     return [next(gradients) if needed else None for needed in needs]
+
+
+def _differentiable(
+    x: Tensor, h0: Tensor, c0: Tensor, flat: Sequence[Tensor | None], batch_sizes: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run the layer in plain torch ops, with nothing in place."""
+    w_ih, bias, w_hh, w_hr = _by_kind(flat)
+    return reference.lstm_differentiable(F.linear(x, w_ih, bias), h0, c0, w_hh, w_hr, batch_sizes)
 
 
 def _by_kind(flat: Sequence[Any]) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
@@ -170,9 +189,14 @@ def _stack(tensors: Sequence[Any]) -> Tensor:
     return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(list(tensors))
 
 
-def _implementation(backend: str) -> ModuleType:
-    """Return the module whose forward and backward run the recurrence."""
-    if backend == "reference":
+def _implementation(backend: str, c0: Tensor) -> ModuleType:
+    """Return the module whose forward and backward run the recurrence on c0 [D, B, H]."""
+    if backend == "auto":
+        D, B, H = c0.shape
+        # what is saved is the same whoever runs it, so forward and backward need not choose alike
+        problem = dispatch.Problem(1, B, H, H, D=D, dtype=c0.dtype, training=True)
+        backend = dispatch.decide(problem, dispatch.device_of(c0.device)).backend
+    if backend != "triton":
         return reference
     from fastlstm.kernels import launch  # imports triton, which a CPU-only install need not have
 
@@ -194,7 +218,7 @@ def lstm_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Run one layer: the input GEMM x [N, I] -> [N, D*4H], then `reference.lstm_forward` says what."""
     gates_x = F.linear(x, w_ih, bias)
-    return _implementation(backend).lstm_forward(gates_x, h0, c0, w_hh, w_hr, batch_sizes, save)
+    return _implementation(backend, c0).lstm_forward(gates_x, h0, c0, w_hh, w_hr, batch_sizes, save)
 
 
 @lstm_forward.register_fake
@@ -226,7 +250,7 @@ def lstm_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run the adjoint of the recurrence: `reference.lstm_backward` says what it takes and returns."""
-    implementation = _implementation(backend)
+    implementation = _implementation(backend, c0)
     return implementation.lstm_backward(d_output, dh_n, dc_n, gates, cells, c0, w_hh, w_hr, batch_sizes)
 
 

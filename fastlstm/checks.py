@@ -59,12 +59,17 @@ def batched_states(hx: States, dims: int) -> States:
     return hx if dims == 3 else (hx[0].unsqueeze(1), hx[1].unsqueeze(1))
 
 
-def check_states(network: Network, hx: States, B: int, data: Tensor) -> None:
-    """Raise stock's errors for an hx that is no pair of tensors or has the wrong sizes or dtype."""
+def check_pair(hx: States, op: str) -> None:
+    """Raise stock's errors for an hx that is no pair."""
     if not isinstance(hx, tuple | list):
         raise TypeError(f"hx must be a tuple of two tensors (h_0, c_0), got {type(hx).__name__}")
     if len(hx) != 2:
-        raise RuntimeError(f"lstm expects two hidden states, got {len(hx)}")
+        raise RuntimeError(f"{op} expects two hidden states, got {len(hx)}")
+
+
+def check_states(network: Network, hx: States, B: int, data: Tensor) -> None:
+    """Raise stock's errors for an hx that is no pair of tensors or has the wrong sizes or dtype."""
+    check_pair(hx, "lstm")
     H = network.hidden_size
     rows = network.num_layers * (2 if network.bidirectional else 1)
     for index, width in enumerate((network.proj_size or H, H)):
@@ -76,6 +81,14 @@ def check_states(network: Network, hx: States, B: int, data: Tensor) -> None:
                 f"Input and hidden tensors are not the same dtype, found input tensor with {data.dtype} "
                 f"and hidden[{index}] tensor with {state.dtype}"
             )
+
+
+def check_rows(data: Tensor, batch_sizes: Tensor) -> None:
+    """Raise for a packed batch whose batch_sizes point outside its rows, as no pack function makes it."""
+    if batch_sizes.sum() != len(data) or (batch_sizes.diff() > 0).any():
+        raise RuntimeError(
+            f"batch_sizes of a packed batch must fall and sum to its {len(data)} rows, got {batch_sizes.tolist()}"
+        )
 
 
 def check_alike(data: Tensor, states: Sequence[Tensor], weights: list[Tensor]) -> None:
@@ -96,8 +109,6 @@ def check_alike(data: Tensor, states: Sequence[Tensor], weights: list[Tensor]) -
 
 def check_cell(cell: nn.LSTMCell, input: Tensor, hx: States) -> None:
     """Raise what stock's cell raises for a batched input and states that do not fit."""
-    if len(hx) != 2:
-        raise RuntimeError(f"lstm_cell expects two hidden states, got {len(hx)}")
     if input.size(1) != cell.input_size:
         raise RuntimeError(f"input has inconsistent input_size: got {input.size(1)} expected {cell.input_size}")
     for index, state in enumerate(hx):

@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastlstm import autograd
+from fastlstm import autograd, reference
 
 _LSTM = 2  # the cell's number in aten.mkldnn_rnn_layer
 _SATURATED = (-1e30, 1e30, 0.0, -1e30)
@@ -81,7 +81,7 @@ def lstm_layer(
     """
     if batch_sizes is None:
         B = h0.shape[1]
-        batch_sizes = torch.full((len(x) // B,), B)
+        batch_sizes = torch.full((len(x) // B,), B, device="cpu")
     if weights[0][4] is not None:
         return _project(x, h0, c0, weights, batch_sizes)
     flat = [weight for direction in weights for weight in direction]
@@ -106,10 +106,9 @@ def _project(
     """
     _, B, P = h0.shape
     if h0.requires_grad or h0.any():
-        last_steps, offsets = _last_steps(batch_sizes)
-        b = torch.arange(B)
+        rows = torch.arange(len(x), device="cpu")
         for d, state in enumerate(h0):
-            first_rows = offsets[last_steps] + b if d else b
+            first_rows = reference.first_rows(rows, B, batch_sizes, reverse=d == 1)
             x = torch.cat((x, x.new_zeros(len(x), P).index_add(0, first_rows, state)), 1)
 
     plain: list[autograd.DirectionWeights] = []
@@ -303,11 +302,11 @@ def _chunks(batch_sizes: Tensor, I: int, H: int, D: int) -> list[list[_Chunk]]: 
     """Cut a packed layer into chunks, the same cuts for each of the D directions."""
     cuts = _cut(batch_sizes, I, H)
     chunks: list[list[_Chunk]] = [[] for _ in range(D)]
-    last_steps, offsets = _last_steps(batch_sizes)
+    lengths, offsets = reference.spans(batch_sizes)
     for (start, rows), (end, rows_after) in itertools.pairwise(cuts):
-        step = torch.arange(start, end).unsqueeze(1)
-        b = torch.arange(rows)
-        last = last_steps[:rows]
+        step = torch.arange(start, end, device="cpu").unsqueeze(1)
+        b = torch.arange(rows, device="cpu")
+        last = lengths[:rows] - 1
         dead = (step > last).flatten().nonzero().squeeze(1)
         step = torch.minimum(step, last)  # [steps, rows]
         ends = (last[rows_after:] - start) * rows + b[rows_after:]
@@ -315,12 +314,6 @@ def _chunks(batch_sizes: Tensor, I: int, H: int, D: int) -> list[list[_Chunk]]: 
             source = offsets[last - step if d else step] + b
             chunks[d].append(_Chunk(end - start, rows, source.flatten(), dead, ends))
     return chunks
-
-
-def _last_steps(batch_sizes: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the last step of each row [B], and the first row of each step in packed data [T]."""
-    lengths = batch_sizes.bincount().flip(0).cumsum(0).flip(0)[1:]
-    return lengths - 1, batch_sizes.cumsum(0) - batch_sizes
 
 
 def _cut(batch_sizes: Tensor, I: int, H: int) -> list[tuple[int, int]]:  # noqa: E741

@@ -130,7 +130,7 @@ def device_of(device: torch.device) -> Device:
 
     Example:
         >>> device_of(torch.device("cpu"))
-        Device(kind='cpu', target='cpu', name='CPU')
+        Device(kind='cpu', target='cpu', name='CPU', processors=0)
     """
     if device.type == "cpu":
         return _CPU
@@ -321,14 +321,15 @@ def _persistent_layout(
     if target == "sm_90":
         wgmma = backward or (wide and H & (H - 1) == 0 and (H <= 512 or itemsize == 2))
         return 1024, 1 if wgmma else 8, 8, 8
-    if wide and (itemsize == 4 or H % 8):
+    aligned = H * itemsize % 16 == 0
+    if (wide and (little or itemsize == 4 or not aligned)) or (little and not aligned):
         return None
     if target == "sm_100":
         return 1024, 1 if backward else 8, 8, 8
     if backward:
         return 128 if H <= 512 else 256, 1, 8, 8
-    if wide and (little or H > 768):
-        return 128, 1, 8 if little else 2, 8
+    if wide and H > 768:
+        return 128, 1, 2, 8
     return 1024, 8, 8, 8
 
 

@@ -187,7 +187,8 @@ def flatten(network: Network, weights: list[Tensor]) -> None:
     names = ("input_size", "hidden_size", "proj_size", "num_layers", "bias", "batch_first", "bidirectional")
     sizes = {name: getattr(network, name) for name in names}
     holder: Any = SimpleNamespace(mode="LSTM", _flat_weights=weights, _flat_weights_names=weights, **sizes)
-    nn.RNNBase.flatten_parameters(holder)
+    with torch.inference_mode(False):  # or the parameters themselves would become inference tensors, for good
+        nn.RNNBase.flatten_parameters(holder)
 
 
 def _zero_states(network: Network, data: Tensor, B: int) -> States:
@@ -206,11 +207,15 @@ def _decide(
     sizes = (T, B, network.input_size, network.hidden_size, network.proj_size, network.num_layers)
     D = 2 if network.bidirectional else 1
     backend = network.backend
-    if torch.compiler.is_compiling():
-        # one opaque op a layer: the loop is never unrolled, and nothing here makes a guard on T or B
+    compiling = torch.compiler.is_compiling()
+    if compiling or (backend == "auto" and autograd.transformed()):
         problem = dispatch.Problem(*sizes, D, data.dtype, training, runs)
         device = dispatch.Device(data.device.type, data.device.type)
-        chosen = "triton" if backend == "triton" else "reference"
+        if not compiling:
+            reason = "torch.func and forward-mode AD see into plain torch ops only."
+            return dispatch.Decision("reference", "plain", reason, problem, device)
+        # one opaque op a layer, which chooses when it runs: no loop is unrolled, and nothing makes a guard on T or B
+        chosen = "reference" if backend == "torch" else backend
         return dispatch.Decision(chosen, "compiled", "torch.compile is tracing.", problem, device)
     override = os.environ.get("FASTLSTM_BACKEND") if backend == "auto" else None
     dtype = _autocast_dtype(data)
@@ -274,6 +279,8 @@ def _run_layers(
         with torch.autocast(data.device.type, enabled=False):
             return _run_layers(network, weights, data.to(dtype), batch_sizes, states, backend)
     checks.check_alike(data, states, weights)
+    if batch_sizes is not None:
+        checks.check_rows(data, batch_sizes)
     h0, c0 = states
     L, D = network.num_layers, 2 if network.bidirectional else 1
     directions = [_direction(group) for group in checks.groups(weights, L * D)]
@@ -285,7 +292,7 @@ def _run_layers(
     for first in range(0, L * D, D):
         layer = slice(first, first + D)
         arguments = (rows, h0[layer], c0[layer], directions[layer])
-        if backend == "onednn" and batch_sizes is not None:
+        if backend == "onednn":
             rows, *last = cpu.lstm_layer(*arguments, batch_sizes)
         else:
             rows, *last = autograd.lstm_layer(*arguments, batch_sizes, backend)
@@ -295,7 +302,7 @@ def _run_layers(
     h_n, c_n = (torch.cat(layers) if L > 1 else layers[0] for layers in zip(*last_states, strict=True))
     if not dense:
         return rows, h_n, c_n
-    output = rows.view(*time_first.shape[:2], rows.shape[1])
+    output = rows.unflatten(0, time_first.shape[:2])
     return output.transpose(0, 1) if network.batch_first else output, h_n, c_n
 
 

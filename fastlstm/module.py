@@ -285,6 +285,8 @@ def _one_step(
     cell: LSTMCell, input: Any, hx: States | None, backend: str
 ) -> tuple[functional.Stateless, list[Tensor], Tensor, States]:
     """Return the arguments of `functional.forward` that run a cell as one layer and one step."""
+    if hx is not None:
+        checks.check_pair(hx, "lstm_cell")
     for name, value in (("input", input), *((f"hx[{index}]", state) for index, state in enumerate(hx or ()))):
         if value.dim() not in (1, 2):
             raise ValueError(f"LSTMCell: Expected {name} to be 1D or 2D, got {value.dim()}D instead")

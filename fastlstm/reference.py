@@ -66,8 +66,7 @@ def lstm_forward(
 
     output = h0.new_empty(N, D * P)
     cells = gates.new_empty((N, D * H) if save else 0)
-    h_n = h0.to(dtype, copy=True)
-    c_n = c0.to(dtype, copy=True)
+    h_n, c_n = (state.to(dtype, copy=True, memory_format=torch.contiguous_format) for state in (h0, c0))
     m_buffer = gates.new_empty(B, H)
 
     for d in range(D):
@@ -135,8 +134,7 @@ def lstm_backward(
     sizes = _sizes(gates, B, batch_sizes)
     dgates = gates.new_empty(gates.shape, dtype=dtype)
     dh_rows = d_output.new_empty(0 if w_hr is None else d_output.shape)
-    dh_n = dh_n.to(dtype, copy=True)
-    dc_n = dc_n.to(dtype, copy=True)
+    dh_n, dc_n = (state.to(dtype, copy=True, memory_format=torch.contiguous_format) for state in (dh_n, dc_n))
 
     for d in range(D):
         i, f, g, o = gates[:, d * 4 * H : (d + 1) * 4 * H].to(dtype).chunk(4, 1)
@@ -252,10 +250,14 @@ def first_rows(values: Tensor, B: int, batch_sizes: Tensor | None, reverse: bool
         return values[:B]
     if batch_sizes is None:
         return values[len(values) - B :]
-    offsets = batch_sizes.cumsum(0) - batch_sizes
-    b = torch.arange(B)
-    lengths = (batch_sizes.unsqueeze(1) > b).sum(0)
-    return values.index_select(0, (offsets[lengths - 1] + b).to(values.device))
+    lengths, offsets = spans(batch_sizes)
+    return values.index_select(0, (offsets[lengths - 1] + torch.arange(B, device="cpu")).to(values.device))
+
+
+def spans(batch_sizes: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the length of each row [B] of a packed batch, and the first data row of each step [T]."""
+    lengths = batch_sizes.bincount().flip(0).cumsum(0).flip(0)[1:]
+    return lengths, batch_sizes.cumsum(0) - batch_sizes
 
 
 def _sizes(rows: Tensor, B: int, batch_sizes: Tensor | None) -> list[int]:

@@ -13,7 +13,7 @@ import triton
 from torch import Tensor
 
 from ..dispatch import Device, Plan, Problem, choose, device_of
-from ..reference import first_rows, previous
+from ..reference import first_rows, previous, spans
 from .backward_persistent import backward_persistent
 from .backward_resident import backward_resident
 from .backward_stepwise import backward_stepwise
@@ -93,7 +93,7 @@ def lstm_backward(
     if w_hr is None:
         dgates, dc0 = _backward(d_output, dh_n, dc_n, gates, cells, c0, w_hh, batch_sizes, plan)
         return dgates, dc0, d_output.new_empty(0)
-    D, P, H = w_hr.shape
+    D, P, _ = w_hr.shape
     dm = torch.einsum("ndp,dph->ndh", d_output.reshape(-1, D, P), w_hr).flatten(1)
     w_eff = torch.bmm(w_hh, w_hr)
     dgates, dc0 = _backward(dm, torch.bmm(dh_n, w_hr), dc_n, gates, cells, c0, w_eff, batch_sizes, plan)
@@ -123,7 +123,7 @@ def _forward(gates_x, h0, c0, w_hh, batch_sizes, save, plan):
     PRECISION = precision(dtype, device)
     problem = Problem(T, B, H, H, D=D, dtype=dtype, tf32=PRECISION == "tf32")
     plan = plan or choose(problem, device, backward=False)
-    lengths, offsets = _rows_of(batch_sizes, B, c0.device)
+    lengths, offsets = _rows_of(batch_sizes, c0.device)
     shared = {
         "gates_x_ptr": gates_x,
         "w_hh_ptr": w_hh,
@@ -180,7 +180,7 @@ def _backward(d_output, dh_n, dc_n, gates, cells, c0, w_hh, batch_sizes, plan):
     PRECISION = precision(dtype, device)
     problem = Problem(T, B, H, H, D=D, dtype=dtype, tf32=PRECISION == "tf32")
     plan = plan or choose(problem, device, backward=True)
-    lengths, offsets = _rows_of(batch_sizes, B, c0.device)
+    lengths, offsets = _rows_of(batch_sizes, c0.device)
     shared = {
         "d_output_ptr": d_output,
         "dh_n_ptr": dh_n,
@@ -263,14 +263,12 @@ def _steps(N: int, B: int, batch_sizes: Tensor | None) -> int:
     return N // B if B else 0
 
 
-def _rows_of(batch_sizes: Tensor | None, B: int, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+def _rows_of(batch_sizes: Tensor | None, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
     """Return where a packed batch keeps its rows: lengths [B] int32 and offsets [T] int64, on `device`."""
     if batch_sizes is None:
         return None, None
-    # row b is active while batch_sizes[t] > b, and batch_sizes falls
-    lengths = torch.searchsorted(-batch_sizes, -torch.arange(B), out_int32=True)
-    offsets = batch_sizes.cumsum(0) - batch_sizes
-    return lengths.to(device, non_blocking=True), offsets.to(device, non_blocking=True)
+    lengths, offsets = spans(batch_sizes)
+    return lengths.to(device, torch.int32, non_blocking=True), offsets.to(device, non_blocking=True)
 
 
 def _device_guard(device: torch.device) -> AbstractContextManager:

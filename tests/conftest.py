@@ -1,4 +1,4 @@
-"""Pytest set-up: kernels run under Triton's interpreter where there is no GPU, and uninitialised memory is NaN."""
+"""Pytest set-up: Triton's interpreter where there is no GPU, NaN in uninitialised memory, and no TF32."""
 
 from __future__ import annotations
 
@@ -22,3 +22,9 @@ def _poisoned_memory():
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def _full_float32(monkeypatch: pytest.MonkeyPatch):
+    """Hold float32 on a GPU to its own tolerance: TF32, which cuDNN takes by default, has a tenth of its digits."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)

@@ -371,3 +371,9 @@ def test_commit_outside_git(monkeypatch, tmp_path):
 
     monkeypatch.setattr(machine, "ROOT", tmp_path)
     assert machine.commit() == (None, None)
+
+
+def test_readme_shows_the_committed_figures():
+    readme = results.README.read_text()
+    assert results.README_TABLE.search(readme)
+    assert results.fill_readme(readme) == readme, "run `make plot`"

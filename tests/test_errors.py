@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from pairs import BACKENDS, STOCK_CELL, STOCK_LSTM, H, I, make_pair
+from pairs import BACKENDS, INTERPRETED, STOCK_CELL, STOCK_LSTM, H, I, make_pair
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
@@ -161,15 +161,40 @@ def test_packed_states_are_checked_before_they_are_sorted(backend):
         ours(x, states(1, 3, H))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("batch_sizes", [[30, 20], [30, 20, 10, 11], [20, 30, 10]], ids=str)
+def test_batch_sizes_that_point_outside_the_rows(batch_sizes, backend):
+    if backend == "torch":
+        pytest.skip("torch reads what it reads")
+    _, ours = make_pair(backend)
+    batch_sizes = [*batch_sizes, *[1] * 20]  # as many steps as auto wants before it leaves them to oneDNN
+    x = PackedSequence(torch.zeros(80, I), torch.tensor(batch_sizes))
+    with pytest.raises(RuntimeError, match=re.escape(f"must fall and sum to its 80 rows, got {batch_sizes}")):
+        ours(x)
+
+
+@INTERPRETED
+@pytest.mark.parametrize("change", ["hidden_size", "weight"])
+def test_kernels_read_no_further_than_the_weights(change):
+    _, ours = make_pair("triton")
+    if change == "hidden_size":
+        ours.hidden_size = 2 * H
+    else:
+        ours.weight_hh_l0 = nn.Parameter(torch.zeros(4 * H, H - 1))
+    with pytest.raises(RuntimeError, match=r"Expected weight_hh of size \("):
+        ours(X)
+
+
 @pytest.mark.parametrize("backend", ["reference", "auto"])
 def test_weights_that_disagree(backend):
     _, ours = make_pair(backend, torch.float64)
+    x = X.double().repeat(8, 1, 1)  # over few steps auto leaves it to stock
     ours.weight_hh_l0 = nn.Parameter(ours.weight_hh_l0.detach().float())
     with pytest.raises(RuntimeError, match="Input and parameter tensors are not the same dtype"):
-        ours(X.double())
+        ours(x)
     ours.weight_hh_l0 = nn.Parameter(ours.weight_hh_l0.detach().double().to("meta"))
     with pytest.raises(RuntimeError, match="Input and parameter tensors are not at the same device"):
-        ours(X.double())
+        ours(x)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -198,6 +223,7 @@ def test_cell_call(x, hx, backend):
     ("x", "hx"),
     [
         (torch.zeros(2, I), (torch.zeros(2, H),)),
+        (torch.zeros(2, I), torch.zeros(2, 2, H)),
         (torch.zeros(2, I).double(), None),
         (torch.zeros(2, I), states(2, H, dtype=torch.float64)),
         (torch.zeros(2, I, device="meta"), None),

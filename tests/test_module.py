@@ -11,6 +11,7 @@ from helpers import assert_close, run_lstm
 from pairs import (
     BACKENDS,
     FORMS,
+    INTERPRETED,
     LENGTHS,
     OPTIONS,
     STOCK_CELL,
@@ -22,7 +23,7 @@ from pairs import (
     make_pair,
     make_states,
 )
-from torch.nn.utils.rnn import PackedSequence
+from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 import fastlstm
 
@@ -109,17 +110,32 @@ def test_dropout_of_none_and_of_everything(dropout, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_states_of_any_stride(backend):
-    stock, ours = make_pair(backend, **OPTIONS["two layers, both directions"])
-    x = make_input("dense")
-    learned = torch.randn(4, 1, H, requires_grad=True)
+@pytest.mark.parametrize("num_layers", [1, 2])
+def test_states_of_any_stride(num_layers, backend):
+    stock, ours = make_pair(backend, num_layers=num_layers, bidirectional=True)
+    x, rows = make_input("dense"), 2 * num_layers
+    learned = torch.randn(rows, 1, H, requires_grad=True)
     results = []
     for lstm in (stock, ours):
-        hx = (learned.expand(4, len(LENGTHS), H), torch.ones(len(LENGTHS), H, 4).permute(2, 0, 1))
+        hx = (learned.expand(rows, len(LENGTHS), H), torch.ones(len(LENGTHS), H, rows).permute(2, 0, 1))
         output, (h_n, c_n) = lstm(x.transpose(0, 1).contiguous().transpose(0, 1), hx)
         (gradient,) = torch.autograd.grad(output.sum() + h_n.sum() + c_n.sum(), learned)
+        assert h_n.is_contiguous()
+        assert c_n.is_contiguous()
         results.append({"output": output, "h_n": h_n, "c_n": c_n, "dlearned": gradient})
     assert_close(results[1], results[0], dtype=torch.float32)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_another_default_device(options, backend):
+    stock, ours = make_pair(backend, **options)
+    # enough steps for "auto" not to leave them to stock
+    x, weights = pack_sequence([torch.randn(n, I) for n in (26, 25, 20)]), list(ours.parameters())
+    expected = torch.autograd.grad(stock(x)[0].data.sum(), list(stock.parameters()))
+    with torch.device("meta"):
+        gradients = torch.autograd.grad(ours(x)[0].data.sum(), weights)
+    torch.testing.assert_close(gradients, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -233,7 +249,7 @@ def test_autocast(form, backend):
     }
 
 
-@pytest.mark.parametrize("backend", ["reference", "auto"])
+@pytest.mark.parametrize("backend", BACKENDS)
 # dynamo asks an autograd Function for an instance, which torch deprecates
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_compiles_into_one_graph(backend):
@@ -243,3 +259,15 @@ def test_compiles_into_one_graph(backend):
     results, expected = run_lstm(compiled, x), run_lstm(stock, x)
     results = {name.replace("_orig_mod.", ""): result for name, result in results.items()}
     assert_close(results, expected, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("choice", ["torch", "reference", pytest.param("triton", marks=INTERPRETED)])
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_compiled_auto_chooses_when_it_runs(choice, monkeypatch):
+    """Tracing settles no sizes, so the choice between the kernels and plain torch is the op's own."""
+    _, ours = make_pair()
+    compiled: Any = torch.compile(ours, backend="aot_eager")
+    monkeypatch.setenv("FASTLSTM_BACKEND", choice)
+    with torch.no_grad():
+        kernels = make_pair("triton")[1] if choice == "triton" else make_pair("reference")[1]
+        assert torch.equal(compiled(make_input("dense"))[0], kernels(make_input("dense"))[0])

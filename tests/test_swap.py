@@ -290,6 +290,18 @@ def test_cudnn_gets_copies_of_weights_that_must_not_move(flattened):
     assert computed.parametrizations.weight_hh_l0.original0.grad is not None
 
 
+def test_a_first_call_in_inference_mode_leaves_trainable_parameters(monkeypatch):
+    def flatten_parameters(network):
+        for weight in network._flat_weights:
+            weight.data = weight.data.clone()  # as cuDNN's buffer, allocated in the mode of the call
+
+    monkeypatch.setattr(nn.RNNBase, "flatten_parameters", flatten_parameters)
+    _, ours = make_pair()
+    with torch.inference_mode():
+        ours.weights_for_cudnn(ours.current_weights())
+    assert not any(parameter.is_inference() for parameter in ours.parameters())
+
+
 def test_torchs_own_names_may_be_rebound(monkeypatch):
     x = make_input("dense")
     stock, _ = make_pair()

@@ -1,0 +1,192 @@
+"""What may be done to a call beyond backward: torch.func, forward-mode AD, hooks, checkpoints, changes in place."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+import torch
+from pairs import BACKENDS, INTERPRETED, STOCK_LSTM, H, I, make_pair
+from torch.autograd import forward_ad
+from torch.func import functional_call, grad, jacrev, jvp, vmap
+from torch.nn.utils.rnn import PackedSequence, pack_sequence
+from torch.utils.checkpoint import checkpoint
+
+# forward-mode AD has torch script some decompositions when it is first used
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script.* is deprecated:DeprecationWarning")
+# enough steps for "auto" not to leave a packed batch to stock
+LENGTHS = (26, 25, 20)
+
+
+def inputs(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+
+
+def packed() -> PackedSequence:
+    return pack_sequence([inputs(n, I) for n in LENGTHS])
+
+
+def wide(stock: Any) -> Any:
+    """Return a float64 copy of a stock LSTM: oneDNN's op has no derivatives beyond the first."""
+    copy = STOCK_LSTM(I, H, bidirectional=stock.bidirectional, dtype=torch.float64)
+    copy.load_state_dict(stock.state_dict())
+    return copy
+
+
+def close(got, expected) -> None:
+    torch.testing.assert_close(got, expected.to(got.dtype), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("frozen", [False, True], ids=["training", "frozen"])
+def test_forward_mode_keeps_tangents(frozen, backend):
+    """A tangent that gets lost is a derivative of zero that nobody sees."""
+    stock, ours = make_pair(backend, bidirectional=True)
+    ours.requires_grad_(not frozen)
+    x = packed()
+
+    def tangents(lstm, data):
+        with forward_ad.dual_level():
+            output, states = lstm(x._replace(data=forward_ad.make_dual(data, data.cos())))
+            return [forward_ad.unpack_dual(dual).tangent for dual in (output.data, *states)]
+
+    for got, expected in zip(tangents(ours, x.data), tangents(wide(stock), x.data.double()), strict=True):
+        close(got, expected)
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto", pytest.param("triton", marks=INTERPRETED)])
+def test_function_transforms(backend):
+    stock, ours = make_pair(backend, bidirectional=True)
+    weights = {name: parameter.detach() for name, parameter in stock.named_parameters()}
+    batch = inputs(3, 4, 2, I)
+
+    def loss(weights, x, lstm=ours):
+        return functional_call(lstm, weights, (x,))[0].square().sum()
+
+    outputs = vmap(lambda x: ours(x)[0])(batch)
+    for output, x in zip(outputs, batch, strict=True):
+        close(output, stock(x)[0])
+    each = vmap(grad(loss), in_dims=(None, 0))(weights, batch)
+    for index, x in enumerate(batch):
+        for name, expected in grad(loss)(weights, x, stock).items():
+            close(each[name][index], expected)
+    tangent = jvp(ours, (batch[0],), (batch[1],))[1]
+    close(tangent[0], jvp(wide(stock), (batch[0].double(),), (batch[1].double(),))[1][0])
+    double = {name: weight.double() for name, weight in weights.items()}
+    x = batch[0]
+    close(jacrev(loss, argnums=1)(weights, x), jacrev(loss, argnums=1)(double, x.double(), wide(stock)))
+
+    def norm_of_gradient(x, weights, lstm):
+        return grad(loss, argnums=1)(weights, x, lstm).square().sum()
+
+    close(grad(norm_of_gradient)(x, weights, ours), grad(norm_of_gradient)(x.double(), double, wide(stock)))
+
+
+# "auto" is stock's op for this input, which refuses
+@pytest.mark.parametrize("backend", ["reference", pytest.param("triton", marks=INTERPRETED)])
+def test_batched_cotangents(backend):
+    stock, ours = make_pair(backend)
+    x = inputs(2, 1, I).requires_grad_()
+    cotangents = torch.eye(2 * H).view(-1, 2, 1, H)
+    (got,) = torch.autograd.grad(ours(x)[0], x, cotangents, is_grads_batched=True)
+    for cotangent, gradient in zip(cotangents, got, strict=True):
+        close(gradient, torch.autograd.grad(stock(x)[0], x, cotangent)[0])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("form", ["dense", "packed", "projection"])
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
+def test_cotangents_of_any_stride(form, backend):
+    options: dict[str, Any] = {"proj_size": 2} if form == "projection" else {}
+    stock, ours = make_pair(backend, bidirectional=True, **options)
+    x = packed() if form == "packed" else inputs(5, 3, I)
+
+    def gradients(lstm, expand):
+        output, states = lstm(x)
+        values = [output.data if form == "packed" else output, *states]
+        if expand:
+            cotangents = [torch.ones(()).expand_as(value) for value in values]
+        else:
+            cotangents = [inputs(*value.shape[::-1]).permute(*range(value.dim())[::-1]) for value in values]
+        return torch.autograd.grad(values, list(lstm.parameters()), cotangents)
+
+    for expand in (False, True):
+        for got, expected in zip(gradients(ours, expand), gradients(stock, expand), strict=True):
+            close(got, expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("form", ["dense", "packed"])
+def test_results_share_no_memory(form, backend):
+    """Whatever is changed in place, nothing else changes, and a backward pass that needs the old value says so."""
+    _, ours = make_pair(backend)
+    x = inputs(1, 3, I) if form == "dense" else packed()
+    hx = (torch.ones(1, 3, H), torch.ones(1, 3, H))
+    with torch.no_grad():
+        output, (h_n, c_n) = ours(x, hx)
+    results = [output.data if form == "packed" else output, h_n, c_n]
+    kept = [result.clone() for result in results]
+    results[0].zero_()
+    assert torch.equal(h_n, kept[1])
+    h_n.zero_()
+    assert torch.equal(c_n, kept[2])
+    assert all((state == 1).all() for state in hx)
+
+    output, _ = ours(x, hx)
+    data = output.data if form == "packed" else output
+    loss = data.square().sum()
+    data.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("form", ["dense", "packed"])
+def test_saved_tensors_may_be_moved_and_made_again(form, backend):
+    _, ours = make_pair(backend, num_layers=2)
+    weights = list(ours.parameters())
+    x = packed() if form == "packed" else inputs(5, 3, I)
+
+    def loss(x):
+        output, (h_n, c_n) = ours(x)
+        return (output.data if form == "packed" else output).square().sum() + h_n.sum() + c_n.sum()
+
+    expected = torch.autograd.grad(loss(x), weights)
+    # as a hook that offloads may give them back: values kept, strides not
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.mT.clone() if t.dim() > 1 else t, restored):
+        hooked = loss(x)
+    again = checkpoint(loss, x, use_reentrant=False)
+    assert isinstance(again, torch.Tensor)
+    for value in (hooked, again):
+        for got, wanted in zip(torch.autograd.grad(value, weights), expected, strict=True):
+            close(got, wanted)
+
+
+def restored(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.mT if tensor.dim() > 1 else tensor
+
+
+# triton's interpreter is of one thread
+@pytest.mark.parametrize("backend", ["torch", "reference", "auto"])
+def test_two_threads(backend):
+    _, ours = make_pair(backend, num_layers=2)
+    batches = [packed(), packed()._replace(data=packed().data.cos())]
+    results: dict[int, Any] = {}
+
+    def run(index):
+        for _ in range(3):
+            output, _ = ours(batches[index])
+            results[index] = torch.autograd.grad(output.data.sum(), list(ours.parameters()))
+
+    alone = []
+    for index in range(2):
+        run(index)
+        alone.append(results.pop(index))
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for index in range(2):
+        assert all(map(torch.equal, results[index], alone[index]))
