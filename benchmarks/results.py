@@ -168,7 +168,7 @@ def markdown(result: Result, pattern: str = "", column: str = "fastlstm") -> str
         if re.search(pattern, row["name"]):
             pairs.setdefault(label(row), {})[row["training"]] = row
     lines = [
-        "| workload | forward, no_grad | forward and backward | peak memory, training |",
+        "| workload | forward, no_grad | forward and backward | tensor bytes at the peak, training |",
         "|---|---|---|---|",
     ]
     for name, modes in pairs.items():

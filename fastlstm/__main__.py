@@ -12,7 +12,9 @@ from pathlib import Path
 import torch
 
 import fastlstm
-from fastlstm.dispatch import SHARED_MEMORY, Device, Problem, decide, device_of, has_triton, interpreting
+from fastlstm.dispatch import decide, has_triton, interpreting
+from fastlstm.plans import SHARED_MEMORY
+from fastlstm.problem import Device, Problem, device_of
 
 # a name for people, then what dispatch sees
 TYPICAL = (

@@ -18,6 +18,7 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F  # noqa: N812
 
 from fastlstm import dispatch, reference
+from fastlstm.problem import Problem, device_of
 
 # w_ih [4H, I], w_hh [4H, P], b_ih [4H], b_hh [4H], w_hr [P, H] of one direction
 DirectionWeights = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
@@ -102,7 +103,7 @@ class LSTMFunction(torch.autograd.Function):
         needs_x, needs_h0, needs_c0, _, _, *needs_flat = ctx.needs_input_grad
         needs = (needs_x, needs_h0, needs_c0, *needs_flat)
         if torch.is_grad_enabled():
-            gradients = _differentiable_backward((d_output, dh_n, dc_n), (x, h0, c0, *flat), needs, batch_sizes)
+            gradients = differentiable_backward((d_output, dh_n, dc_n), (x, h0, c0, *flat), needs, batch_sizes)
         else:
             saved = (output, gates, cells)
             gradients = _backward((d_output, dh_n, dc_n), (x, h0, c0, *flat), needs, saved, batch_sizes, ctx.backend)
@@ -150,7 +151,7 @@ def _backward(
     return [dx, _stack(dh0) if needs_h0 else None, dc0 if needs_c0 else None, *dflat]
 
 
-def _differentiable_backward(
+def differentiable_backward(
     cotangents: tuple[Tensor, Tensor, Tensor],
     inputs: tuple[Any, ...],
     needs: tuple[bool, ...],
@@ -194,8 +195,8 @@ def _implementation(backend: str, c0: Tensor) -> ModuleType:
     if backend == "auto":
         D, B, H = c0.shape
         # what is saved is the same whoever runs it, so forward and backward need not choose alike
-        problem = dispatch.Problem(1, B, H, H, D=D, dtype=c0.dtype, training=True)
-        backend = dispatch.decide(problem, dispatch.device_of(c0.device)).backend
+        problem = Problem(1, B, H, H, D=D, dtype=c0.dtype, training=True)
+        backend = dispatch.decide(problem, device_of(c0.device)).backend
     if backend != "triton":
         return reference
     from fastlstm.kernels import launch  # imports triton, which a CPU-only install need not have

@@ -168,7 +168,7 @@ class _PackedLayer(torch.autograd.Function):
         needs = (*ctx.needs_input_grad[:3], *ctx.needs_input_grad[5:])
         inputs = (x, h0, c0, *flat)
         if torch.is_grad_enabled():
-            gradients = autograd._differentiable_backward((d_output, dh_n, dc_n), inputs, needs, batch_sizes)
+            gradients = autograd.differentiable_backward((d_output, dh_n, dc_n), inputs, needs, batch_sizes)
         else:
             gradients = _backward((d_output, dh_n, dc_n), inputs, needs, output, states, ctx.workspaces, ctx.chunks)
         return *gradients[:3], None, None, *gradients[3:]

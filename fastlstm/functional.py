@@ -21,6 +21,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fastlstm import autograd, checks, cpu, dispatch
 from fastlstm.checks import Network, States
+from fastlstm.problem import Device, Problem, allows_tf32, device_of
 
 # torch._VF looks the op up on every call
 _stock_lstm: Any = torch._VF.lstm  # pyright: ignore[reportAttributeAccessIssue]
@@ -209,8 +210,8 @@ def _decide(
     backend = network.backend
     compiling = torch.compiler.is_compiling()
     if compiling or (backend == "auto" and autograd.transformed()):
-        problem = dispatch.Problem(*sizes, D, data.dtype, training, runs)
-        device = dispatch.Device(data.device.type, data.device.type)
+        problem = Problem(*sizes, D, data.dtype, training, runs)
+        device = Device(data.device.type, data.device.type)
         if not compiling:
             reason = "torch.func and forward-mode AD see into plain torch ops only."
             return dispatch.Decision("reference", "plain", reason, problem, device)
@@ -220,7 +221,8 @@ def _decide(
     override = os.environ.get("FASTLSTM_BACKEND") if backend == "auto" else None
     dtype = _autocast_dtype(data)
     autocast = dtype is not None
-    return _decision(backend, override, autocast, data.device, *sizes, D, dtype or data.dtype, training, runs)
+    tf32 = data.is_cuda and allows_tf32()
+    return _decision(backend, override, autocast, data.device, *sizes, D, dtype or data.dtype, training, runs, tf32)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -228,7 +230,7 @@ def _decision(
     backend: str, override: str | None, autocast: bool, device: torch.device, *problem: Any
 ) -> dispatch.Decision:
     """Decide once for each kind of call; `override` is FASTLSTM_BACKEND, which `decide` reads itself."""
-    decision = dispatch.decide(dispatch.Problem(*problem), dispatch.device_of(device), backend)
+    decision = dispatch.decide(Problem(*problem), device_of(device), backend)
     if autocast and device.type == "cpu" and backend == "auto" and not override:
         reason = "Under autocast on a CPU, stock's own op settles which results are in which dtype."
         return replace(decision, backend="torch", regime="stock", reason=reason)

@@ -12,7 +12,8 @@ import torch
 import triton
 from torch import Tensor
 
-from ..dispatch import Device, Plan, Problem, choose, device_of
+from ..plans import Plan, choose
+from ..problem import Device, Problem, allows_tf32, device_of
 from ..reference import first_rows, previous, spans
 from .backward_persistent import backward_persistent
 from .backward_resident import backward_resident
@@ -42,7 +43,7 @@ def lstm_forward(
         w_hr: [D, P, H] or None.
         batch_sizes: CPU int64 [T] of a packed batch, None for a dense one (N = T * B).
         save: whether to return gates and cells for `lstm_backward`.
-        plan: layout of the kernels; None asks `dispatch.choose`.
+        plan: layout of the kernels; None asks `plans.choose`.
 
     Returns:
         output [N, D*P], h_n [D, B, P], c_n [D, B, H], gates [N, D*4H], cells [N, D*H] in float32; the last two are
@@ -84,7 +85,7 @@ def lstm_backward(
         w_hh: [D, 4H, P].
         w_hr: [D, P, H] or None.
         batch_sizes: CPU int64 [T] of a packed batch, None for a dense one.
-        plan: layout of the kernels; None asks `dispatch.choose`.
+        plan: layout of the kernels; None asks `plans.choose`.
 
     Returns:
         dgates [N, D*4H], the gradient of the pre-activations; dc0 [D, B, H]; and with a projection dh [N, D*P], the
@@ -220,13 +221,8 @@ def _backward(d_output, dh_n, dc_n, gates, cells, c0, w_hh, batch_sizes, plan):
 
 
 def precision(dtype: torch.dtype, device: Device) -> str:
-    """Return `input_precision` of the dots: TF32 where torch would let cuDNN's RNNs use it, as it does by default."""
-    if dtype != torch.float32 or device.kind != "cuda":
-        return "ieee"
-    # torch >= 2.9 has a setting for each operator, and refuses to name one for all where they differ
-    rnn = getattr(torch.backends.cudnn, "rnn", None)
-    allowed = torch.backends.cudnn.allow_tf32 if rnn is None else rnn.fp32_precision == "tf32"
-    return "tf32" if allowed else "ieee"
+    """Return `input_precision` of the dots."""
+    return "tf32" if dtype == torch.float32 and device.kind == "cuda" and allows_tf32() else "ieee"
 
 
 def _layout(plan: Plan, backward: bool) -> dict[str, int | bool]:

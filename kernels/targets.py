@@ -4,7 +4,7 @@
 
 One row for each (kernel, configuration): registers of a thread, bytes spilled, shared memory, matrix instructions,
 block barriers, and instructions in the longest loop. A configuration that spills, or does not fit, does not belong
-in `fastlstm.dispatch`; tests/test_targets.py holds it to that.
+in `fastlstm.plans`; tests/test_targets.py holds it to that.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from .. import dispatch
-from ..dispatch import SHARED_MEMORY, Plan, interpreting
+from .. import plans
+from ..dispatch import interpreting
+from ..plans import SHARED_MEMORY, Plan
 from .backward_persistent import backward_persistent
 from .backward_resident import backward_resident
 from .backward_stepwise import backward_stepwise
@@ -104,14 +105,14 @@ class Report:
 
 
 def configurations(target: str, dtypes: Sequence[str], every_flag: bool = True) -> Iterator[Configuration]:
-    """Yield every configuration that `dispatch.choose` can pick for a target.
+    """Yield every configuration that `plans.choose` can pick for a target.
 
     `every_flag=False` leaves out the variants that do less: without SAVE, without VARLEN.
     """
     flags = (False, True) if every_flag else (True,)
     for dtype in dtypes:
-        for precision in dispatch.precisions(getattr(torch, dtype), target):
-            for H, backward, plan in dispatch.plans(getattr(torch, dtype), target, tf32=precision == "tf32"):
+        for precision in plans.precisions(getattr(torch, dtype), target):
+            for H, backward, plan in plans.every_plan(getattr(torch, dtype), target, tf32=precision == "tf32"):
                 kernel = f"{'backward' if backward else 'forward'}_{plan.regime}"
                 for VARLEN in flags:
                     for SAVE in (False,) if backward else flags:

@@ -7,8 +7,9 @@ from helpers import assert_close
 from torch import Tensor
 
 from fastlstm import reference
-from fastlstm.dispatch import Device, Plan, Problem, choose
 from fastlstm.kernels import launch
+from fastlstm.plans import Plan, choose
+from fastlstm.problem import Device, Problem
 
 H100 = Device("cuda", "sm_90", processors=132)
 FORWARD = ("output", "h_n", "c_n", "gates", "cells")

@@ -17,7 +17,8 @@ from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 import fastlstm
 from fastlstm import cpu, dispatch
-from fastlstm.dispatch import Problem, decide, device_of
+from fastlstm.dispatch import decide
+from fastlstm.problem import Problem, device_of
 
 pytestmark = pytest.mark.skipif(not dispatch._onednn_has(torch.float32), reason="needs oneDNN")
 NEEDS_BFLOAT16 = pytest.mark.skipif(not dispatch._onednn_has(torch.bfloat16), reason="needs a CPU with bfloat16")

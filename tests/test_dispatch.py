@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from fastlstm import dispatch
-from fastlstm.dispatch import BACKENDS, Decision, Device, Problem, choose, decide, device_of, plans
+from fastlstm.dispatch import BACKENDS, Decision, decide
+from fastlstm.plans import choose, every_plan
+from fastlstm.problem import Device, Problem, device_of
 
 CPU = device_of(torch.device("cpu"))
 GPUS = {
@@ -59,7 +61,7 @@ def test_resident_as_far_as_it_fits(gpu, backward):
 def test_plans_enumerates_what_choose_returns(gpu):
     device = GPUS[gpu]
     for dtype, tf32 in ((torch.float16, True), (torch.bfloat16, True), (torch.float32, True), (torch.float32, False)):
-        enumerated = {(backward, plan) for _, backward, plan in plans(dtype, device.target, tf32)}
+        enumerated = {(backward, plan) for _, backward, plan in every_plan(dtype, device.target, tf32)}
         chosen = {
             (backward, choose(problem(H=H, B=B, D=D, dtype=dtype, tf32=tf32), device, backward))
             for H in (*range(1, 1600, 9), 128, 512, 1024, 1536, 4096)

@@ -11,8 +11,8 @@ import torch
 
 import fastlstm
 from fastlstm import __main__ as doctor
-from fastlstm import dispatch
-from fastlstm.dispatch import Device
+from fastlstm import dispatch, problem
+from fastlstm.problem import Device, device_of
 
 
 def test_command_prints_a_report():
@@ -28,10 +28,10 @@ def test_command_prints_a_report():
 
 
 def test_choices_are_those_of_dispatch():
-    device = dispatch.device_of(torch.device("cpu"))
+    device = device_of(torch.device("cpu"))
     text = "\n".join(doctor.choices(device))
-    for _, problem in doctor.TYPICAL:
-        decision = dispatch.decide(problem, device)
+    for _, typical in doctor.TYPICAL:
+        decision = dispatch.decide(typical, device)
         assert f"{decision.backend} ({decision.regime}): {decision.reason}" in text
 
 
@@ -69,7 +69,7 @@ def test_two_equal_cards(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
-    monkeypatch.setattr(dispatch, "_gpu", dispatch._gpu.__wrapped__)
+    monkeypatch.setattr(problem, "_gpu", problem._gpu.__wrapped__)
     monkeypatch.setattr(torch.version, "hip", None)
     text = "\n".join(doctor.report())
     assert "  cuda:1   a card, sm_90, 132 processors, 80 GiB, 227 KiB of shared memory a program" in text

@@ -10,8 +10,10 @@ pytest.importorskip("triton")
 
 from recurrence import FORWARD, H100, Run
 
-from fastlstm.dispatch import Device, Problem, choose, device_of, interpreting
+from fastlstm.dispatch import interpreting
 from fastlstm.kernels import launch
+from fastlstm.plans import choose
+from fastlstm.problem import Device, Problem, device_of
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 

@@ -16,8 +16,9 @@ from recurrence import FORWARD, Run
 from scheduler import HangError, scheduled
 from shadow_memory import RaceError
 
-from fastlstm.dispatch import Plan, interpreting
+from fastlstm.dispatch import interpreting
 from fastlstm.kernels import backward_persistent, forward_persistent, launch
+from fastlstm.plans import Plan
 
 pytestmark = pytest.mark.skipif(not interpreting(), reason="needs TRITON_INTERPRET=1")
 

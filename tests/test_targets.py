@@ -74,7 +74,7 @@ def check_files(row: dict, folder):
 
 def test_a_plan_that_spills_is_noticed():
     script = """
-from fastlstm.dispatch import Plan
+from fastlstm.plans import Plan
 from fastlstm.kernels.targets import Configuration, build
 for target, plan in (("sm_90", Plan("resident", 128, 8, 128, 4)), ("gfx942", Plan("resident", 128, 16, 128, 16))):
     name = ("forward" if target == "sm_90" else "backward") + "_resident"

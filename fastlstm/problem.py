@@ -1,0 +1,88 @@
+"""What dispatch is asked about: a problem (sizes, dtype, flags) and a device (its limits)."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Problem:
+    """An LSTM call as dispatch sees it: sizes, dtype and what is asked of it.
+
+    Attributes:
+        T: time steps (the longest row, for a packed batch).
+        B: rows of the batch.
+        I: input_size of the first layer.
+        H: hidden_size.
+        P: proj_size, 0 without projection.
+        L: num_layers.
+        D: directions, 1 or 2.
+        dtype: dtype of the input.
+        training: whether a backward pass will follow (some input requires grad and grad mode is on).
+        runs: 0 for a dense batch; for a packed one the number of runs of steps with equal batch size.
+        tf32: whether float32 dots on a GPU may round their operands to TF32.
+    """
+
+    T: int
+    B: int
+    I: int  # noqa: E741
+    H: int
+    P: int = 0
+    L: int = 1
+    D: int = 1
+    dtype: torch.dtype = torch.float32
+    training: bool = False
+    runs: int = 0
+    tf32: bool = True
+
+
+@dataclass(frozen=True)
+class Device:
+    """A device's limits, as far as a plan depends on them.
+
+    Attributes:
+        kind: "cpu", "cuda", "hip", or torch's own name of any other device type ("mps", "meta", ...).
+        target: the compile target: "cpu", "sm_90", "gfx942", ...; the kind where there is none.
+        name: as the vendor names it.
+        processors: multiprocessors (of a MIG or MPS share: those it was given), 0 where that does not matter.
+    """
+
+    kind: str
+    target: str
+    name: str = ""
+    processors: int = 0
+
+
+def allows_tf32() -> bool:
+    """Whether torch lets cuDNN's RNNs, and so our kernels, round float32 operands to TF32, as it does by default."""
+    return torch.backends.cudnn.rnn.fp32_precision == "tf32"
+
+
+def device_of(device: torch.device) -> Device:
+    """Return the limits of a torch device; a GPU's are asked of its driver once.
+
+    Example:
+        >>> device_of(torch.device("cpu"))
+        Device(kind='cpu', target='cpu', name='CPU', processors=0)
+    """
+    if device.type == "cpu":
+        return _CPU
+    if device.type != "cuda":
+        return Device(device.type, device.type)
+    return _gpu(torch.cuda.current_device() if device.index is None else device.index)
+
+
+_CPU = Device("cpu", "cpu", "CPU")
+
+
+@functools.cache
+def _gpu(index: int) -> Device:
+    properties = torch.cuda.get_device_properties(index)
+    if torch.version.hip:
+        # "gfx942:sramecc+:xnack-": the features after the colon do not change a plan
+        return Device("hip", properties.gcnArchName.split(":")[0], properties.name, properties.multi_processor_count)
+    target = f"sm_{properties.major}{properties.minor}"
+    return Device("cuda", target, properties.name, properties.multi_processor_count)
