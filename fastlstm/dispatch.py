@@ -66,7 +66,7 @@ def decide(problem: Problem, device: Device, backend: str = "auto") -> Decision:
         RuntimeError: the backend asked for cannot run here, e.g. "triton" for CPU tensors outside the interpreter.
 
     Example:
-        >>> print(decide(Problem(T=5, B=2, I=3, H=4), device_of(torch.device("cpu")), "reference"))
+        >>> print(decide(Problem(T=5, B=2, I=3, H=4), Device("cpu", "cpu", "CPU"), "reference"))
         reference (loop) on CPU: It was asked for by name. The problem: inference, float32, dense, T=5, B=2, \
 input_size=3, hidden_size=4, num_layers=1, directions=1.
     """

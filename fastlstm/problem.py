@@ -58,7 +58,7 @@ class Device:
 
 def allows_tf32() -> bool:
     """Whether torch lets cuDNN's RNNs, and so our kernels, round float32 operands to TF32, as it does by default."""
-    return torch.backends.cudnn.rnn.fp32_precision == "tf32"
+    return torch.backends.cudnn.rnn.fp32_precision == "tf32"  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def device_of(device: torch.device) -> Device:
