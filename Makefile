@@ -29,7 +29,7 @@ lint: $(VENV)/stamp-dev  ## ruff check and ruff format --check
 	$(BIN)/ruff format --check .
 
 type: $(VENV)/stamp-dev  ## pyright
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 plot: $(VENV)/stamp-bench  ## draw the committed result files again, and the table of the README
 	$(BIN)/python -m benchmarks.plot
