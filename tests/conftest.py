@@ -16,6 +16,15 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 import pytest
 
 
+# the same sums in the same order on every machine; pytest-xdist is what fills the cores
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
 @pytest.fixture(autouse=True)
 def _poisoned_memory():
     """Deterministic mode: torch fills what torch.empty and its kin return with NaN, so a hole left by us is seen."""
