@@ -13,10 +13,10 @@ os.environ.pop("FASTLSTM_BACKEND", None)
 # what cuBLAS asks for in deterministic mode, before it starts
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
+import pytest
+
 # the same sums in the same order on every machine; pytest-xdist is what fills the cores
 torch.set_num_threads(1)
-
-import pytest
 
 
 @pytest.fixture(autouse=True)
