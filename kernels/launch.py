@@ -1,12 +1,13 @@
 """From tensors to launches: allocate the results, pick a plan, run the recurrence, add the projection around it.
 
-`lstm_forward` and `lstm_backward` have the signatures of `fastlstm.reference.forward` and `.backward`. Triton is
+`lstm_forward` and `lstm_backward` have the signatures of those in `fastlstm.reference`, and a plan. Triton is
 imported when this module is; nothing else in the package imports it.
 """
 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import triton
@@ -33,21 +34,13 @@ def lstm_forward(
     save: bool,
     plan: Plan | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Run one layer's recurrence, all directions in one call.
+    """Run one layer's recurrence, all directions in one call: `reference.lstm_forward` says what it takes and returns.
 
-    Args:
-        gates_x: [N, D*4H], x W_ih^T + b_ih + b_hh. Overwritten: the activated gates take its place.
-        h0: [D, B, P]; P is H without projection.
-        c0: [D, B, H].
-        w_hh: [D, 4H, P].
-        w_hr: [D, P, H] or None.
-        batch_sizes: CPU int64 [T] of a packed batch, None for a dense one (N = T * B).
-        save: whether to return gates and cells for `lstm_backward`.
+    Args beyond those:
         plan: layout of the kernels; None asks `plans.choose`.
 
-    Returns:
-        output [N, D*P], h_n [D, B, P], c_n [D, B, H], gates [N, D*4H], cells [N, D*H] in float32; the last two are
-        empty unless `save`.
+    Raises:
+        RuntimeError: gates_x or w_hh do not have the sizes that c0 tells; the kernels would read past their end.
     """
     if w_hr is None:
         return _forward(gates_x, h0, c0, w_hh, batch_sizes, save, plan)
@@ -73,24 +66,7 @@ def lstm_backward(
     batch_sizes: Tensor | None,
     plan: Plan | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Run one layer's recurrence back, all directions in one call.
-
-    Args:
-        d_output: [N, D*P].
-        dh_n: [D, B, P].
-        dc_n: [D, B, H].
-        gates: [N, D*4H], as `lstm_forward` saved them.
-        cells: [N, D*H] float32, likewise.
-        c0: [D, B, H].
-        w_hh: [D, 4H, P].
-        w_hr: [D, P, H] or None.
-        batch_sizes: CPU int64 [T] of a packed batch, None for a dense one.
-        plan: layout of the kernels; None asks `plans.choose`.
-
-    Returns:
-        dgates [N, D*4H], the gradient of the pre-activations; dc0 [D, B, H]; and with a projection dh [N, D*P], the
-        whole gradient of h_t, else size 0.
-    """
+    """Run one layer's recurrence back: `reference.lstm_backward` says what it takes and returns, `plan` is as above."""
     if w_hr is None:
         dgates, dc0 = _backward(d_output, dh_n, dc_n, gates, cells, c0, w_hh, batch_sizes, plan)
         return dgates, dc0, d_output.new_empty(0)
@@ -120,26 +96,15 @@ def _forward(gates_x, h0, c0, w_hh, batch_sizes, save, plan):
     if N == 0:
         return output, h0.clone(), c0.clone(), gates, cells
 
-    device = device_of(c0.device)
-    PRECISION = precision(dtype, device)
-    problem = Problem(T, B, H, H, D=D, dtype=dtype, tf32=PRECISION == "tf32")
-    plan = plan or choose(problem, device, backward=False)
-    lengths, offsets = _rows_of(batch_sizes, c0.device)
+    plan, common = _prepare(T, c0, dtype, batch_sizes, plan, backward=False)
     shared = {
         "gates_x_ptr": gates_x,
         "w_hh_ptr": w_hh,
         "output_ptr": output,
         "gates_ptr": gates,
         "cells_ptr": cells,
-        "lengths_ptr": lengths,
-        "offsets_ptr": offsets,
-        "T": T,
-        "B": B,
-        "H": H,
-        "PRECISION": PRECISION,
         "SAVE": save,
-        "VARLEN": batch_sizes is not None,
-        **_layout(plan, backward=False),
+        **common,
     }
     with _device_guard(c0.device):
         if plan.regime == "resident":
@@ -177,11 +142,7 @@ def _backward(d_output, dh_n, dc_n, gates, cells, c0, w_hh, batch_sizes, plan):
     if N == 0:
         return dgates, dc_n.clone()
 
-    device = device_of(c0.device)
-    PRECISION = precision(dtype, device)
-    problem = Problem(T, B, H, H, D=D, dtype=dtype, tf32=PRECISION == "tf32")
-    plan = plan or choose(problem, device, backward=True)
-    lengths, offsets = _rows_of(batch_sizes, c0.device)
+    plan, common = _prepare(T, c0, dtype, batch_sizes, plan, backward=True)
     shared = {
         "d_output_ptr": d_output,
         "dh_n_ptr": dh_n,
@@ -190,14 +151,7 @@ def _backward(d_output, dh_n, dc_n, gates, cells, c0, w_hh, batch_sizes, plan):
         "c0_ptr": c0,
         "w_hh_ptr": w_hh,
         "dgates_ptr": dgates,
-        "lengths_ptr": lengths,
-        "offsets_ptr": offsets,
-        "T": T,
-        "B": B,
-        "H": H,
-        "PRECISION": PRECISION,
-        "VARLEN": batch_sizes is not None,
-        **_layout(plan, backward=True),
+        **common,
     }
     with _device_guard(c0.device):
         if plan.regime == "resident":
@@ -218,6 +172,29 @@ def _backward(d_output, dh_n, dc_n, gates, cells, c0, w_hh, batch_sizes, plan):
                 backward_stepwise[grid](**shared, dc_ptr=dc, s=s)
             dc0 = dc.to(dtype)
     return dgates, dc0
+
+
+def _prepare(
+    T: int, c0: Tensor, dtype: torch.dtype, batch_sizes: Tensor | None, plan: Plan | None, backward: bool
+) -> tuple[Plan, dict[str, Any]]:
+    """Settle the plan; return it with the arguments that every kernel takes."""
+    D, B, H = c0.shape
+    device = device_of(c0.device)
+    PRECISION = precision(dtype, device)
+    if plan is None:
+        problem = Problem(T, B, H, H, D=D, dtype=dtype, tf32=PRECISION == "tf32")
+        plan = choose(problem, device, backward)
+    lengths, offsets = _rows_of(batch_sizes, c0.device)
+    return plan, {
+        "lengths_ptr": lengths,
+        "offsets_ptr": offsets,
+        "T": T,
+        "B": B,
+        "H": H,
+        "PRECISION": PRECISION,
+        "VARLEN": batch_sizes is not None,
+        **_layout(plan, backward),
+    }
 
 
 def precision(dtype: torch.dtype, device: Device) -> str:

@@ -161,11 +161,10 @@ def test_packed_states_are_checked_before_they_are_sorted(backend):
         ours(x, states(1, 3, H))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+# "torch" is stock's own op, which reads what it reads
+@pytest.mark.parametrize("backend", BACKENDS[1:])
 @pytest.mark.parametrize("batch_sizes", [[30, 20], [30, 20, 10, 11], [20, 30, 10]], ids=str)
 def test_batch_sizes_that_point_outside_the_rows(batch_sizes, backend):
-    if backend == "torch":
-        pytest.skip("torch reads what it reads")
     _, ours = make_pair(backend)
     batch_sizes = [*batch_sizes, *[1] * 20]  # as many steps as auto wants before it leaves them to oneDNN
     x = PackedSequence(torch.zeros(80, I), torch.tensor(batch_sizes))
