@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help bench test test-gpu lint type plot clean
+.PHONY: help bench test test-gpu lint type plot docs clean
 .DEFAULT_GOAL := help
 
 help:  ## list these verbs
@@ -34,6 +34,9 @@ type: $(VENV)/stamp-dev  ## pyright
 plot: $(VENV)/stamp-bench  ## draw the committed result files again, and the table of the README
 	$(BIN)/python -m benchmarks.plot
 
+docs: $(VENV)/stamp-docs  ## build the pages under docs/ into docs/_build
+	$(BIN)/python -m sphinx -W --keep-going -q docs docs/_build
+
 clean:  ## remove the virtual environment and every cache
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) build dist docs/_build examples/output *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
