@@ -1,4 +1,7 @@
-"""Compare fastlstm with torch.nn.LSTM on this machine: check, time, print a table, write JSON and a plot."""
+"""Compare fastlstm with torch.nn.LSTM on this machine: check, time, print a table, write a page, JSON and a plot.
+
+`python -m benchmarks compare OLD.json NEW.json` says what became faster or slower between two result files.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import re
 import sys
 import time
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -14,14 +18,17 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks import charlm
-from benchmarks.machine import command, commit, find_device, machine, now, versions
+from benchmarks import charlm, compare
+from benchmarks.machine import command, commit, find_device, machine, now, source, versions
 from benchmarks.measure import run_workload
-from benchmarks.peers import COLUMNS, OURS
+from benchmarks.page import write_page
+from benchmarks.peers import INPUT_PRODUCT, OURS, PEERS, STOCK, Peer
 from benchmarks.plot import draw
+from benchmarks.probe import probe
 from benchmarks.report import print_report, refusals
-from benchmarks.results import FOLDER, SCHEMA, Result, provenance, save
-from benchmarks.workloads import Workload, default_workloads, quick_workloads
+from benchmarks.results import FOLDER, SCHEMA, Result, add, has, provenance, save, taken_up
+from benchmarks.suites import SUITES, quick_workloads
+from benchmarks.workloads import DTYPES, Workload
 
 JOB_STEPS = {True: 50, False: 300}  # by --quick
 BUDGET_S = {True: 0.7, False: 2.0}
@@ -30,29 +37,42 @@ BUDGET_S = {True: 0.7, False: 2.0}
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="fewer workloads, under 90 seconds on two cores")
+    suites = ", ".join(SUITES)
+    parser.add_argument("--suite", action="append", choices=SUITES, metavar="NAME", help=f"repeatable; {suites}")
+    parser.add_argument(
+        "--peer", action="append", choices=PEERS, metavar="NAME", help=f"repeatable; {', '.join(PEERS)}"
+    )
+    parser.add_argument("--dtype", action="append", choices=DTYPES, help="repeatable; only these")
     parser.add_argument("--filter", default="", metavar="REGEX", help="only workloads whose name matches")
-    parser.add_argument("--list", action="store_true", help="print the names of the workloads and stop")
+    parser.add_argument("--quick", action="store_true", help="a handful of the default suite, under 90 s on two cores")
+    parser.add_argument("--list", action="store_true", help="print the names of workloads and of columns, and stop")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU if there is one")
     parser.add_argument("--threads", type=int, metavar="N", help="torch.set_num_threads; default: torch's own choice")
     parser.add_argument("--budget", type=float, metavar="S", help="seconds of timing per workload")
+    parser.add_argument("--minutes", type=float, metavar="M", help="per suite; run again to go on; default: 15")
     parser.add_argument("--steps", type=int, metavar="N", help="training steps of the character model")
     parser.add_argument("--json", type=Path, metavar="FILE", help="default: benchmarks/results/local-DEVICE.json")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="default: the JSON file's name with .png")
+    parser.add_argument("--fresh", action="store_true", help="measure again what the file already holds")
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run; the exit status is 1 when fastlstm failed a correctness check, 2 when nothing was selected."""
-    options = parse(arguments)
+    given = sys.argv[1:] if arguments is None else arguments
+    if given[:1] == ["compare"]:
+        return compare.main(given[1:])
+    options = parse(given)
     device = find_device(options.device)
-    listed = quick_workloads(device.type) if options.quick else default_workloads(device.type)
-    workloads = [workload for workload in listed if re.search(options.filter, workload.name)]
-    wants_job = bool(re.search(options.filter, charlm.NAME))
+    suites = options.suite or ["default"]
+    selected = [(suite, workload) for suite in suites for workload in select(suite, options, device)]
+    wants_job = "default" in suites and bool(re.search(options.filter, charlm.NAME))
+    wants_job = wants_job and (not options.dtype or "fp32" in options.dtype)
     if options.list:
-        print("\n".join([workload.name for workload in workloads] + [charlm.NAME] * wants_job))
+        print("\n".join([workload.name for _, workload in selected] + [charlm.NAME] * wants_job))
+        for name, peer in PEERS.items():
+            print(f"column {name}: {peer.missing(device) or peer.about}")
         return 0
-    if not workloads and not wants_job:
+    if not selected and not wants_job:
         print(f"no workload matches {options.filter!r}; --list prints the names", file=sys.stderr)
         return 2
 
@@ -63,44 +83,99 @@ def main(arguments: list[str] | None = None) -> int:
     console = Console()
     if not console.is_terminal:
         console = Console(width=132)
-    result = describe(device, options.quick, options.budget or BUDGET_S[options.quick])
-    steps = (options.steps or JOB_STEPS[options.quick]) * wants_job
+    path = options.json or FOLDER / f"local-{device.type}.json"
+    result = describe(device)
+    if not options.fresh:
+        result = taken_up(result, path)
     console.print(f"[bold]fastlstm[/] against [bold]torch.nn.LSTM[/] on {escape(provenance(result))}\n")
+    if kept := len(result["rows"]):
+        console.print(
+            f"{kept} rows of {path} come from the same code and machine and are kept; --fresh measures again\n"
+        )
 
     begin = time.perf_counter()
     try:
-        run(result, workloads, steps, device, console)
+        steps = (options.steps or JOB_STEPS[options.quick]) * wants_job
+        run(result, path, selected, steps, device, options, console)
     except KeyboardInterrupt:
-        console.print("[bold]interrupted[/]: what was measured so far follows\n")
+        console.print("[bold]interrupted[/]: what was measured so far follows; the same command goes on from here\n")
     print_report(result, console)
-    json_path = options.json or FOLDER / f"local-{device.type}.json"
-    plot_path = options.plot or json_path.with_suffix(".png")
-    save(result, json_path)
-    draw(result, plot_path)
+    save(result, path)
+    images = [draw(result, path.with_suffix(".png"))]
+    page = write_page(result, path.with_suffix(".html"))
     seconds = time.perf_counter() - begin
-    console.print(f"\n{seconds:.0f} s. Figures: {json_path}  Plot: {plot_path}", soft_wrap=True, highlight=False)
+    files = " ".join(str(file) for file in (path, path.with_suffix(".md"), *images) if file)
+    console.print(f"\n{seconds:.0f} s. Figures: {files}", soft_wrap=True, highlight=False)
+    console.print(f"Page: {page.resolve().as_uri()}", soft_wrap=True, highlight=False)
     return int(any(name == OURS for name, _ in refusals(result)))
 
 
-def run(result: Result, workloads: list[Workload], steps: int, device: torch.device, console: Console) -> None:
-    """Fill `result` row by row, under a progress bar or, where there is no terminal, a line for each."""
-    columns = TextColumn("{task.description:<36}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    budget_s = result["settings"]["budget_s"]
-    assert isinstance(budget_s, float)
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("", total=len(workloads))
-        for count, workload in enumerate(workloads, 1):
-            progress.update(task, description=workload.name)
-            result["rows"].append(run_workload(workload, device, budget_s=budget_s))
-            progress.advance(task)
+def select(suite: str, options: argparse.Namespace, device: torch.device) -> Iterator[Workload]:
+    """The workloads of a suite that the command line asks for."""
+    if suite == "default" and options.quick:
+        listed = iter(w for w in quick_workloads(device.type) if not options.dtype or w.dtype in options.dtype)
+    else:
+        listed = SUITES[suite].workloads(device.type, options.dtype)
+    return (workload for workload in listed if re.search(options.filter, workload.name))
+
+
+def columns(suite: str, options: argparse.Namespace, result: Result, device: torch.device) -> dict[str, Peer]:
+    """The columns of a suite that can run here, stock and fastlstm always; the others are entered as absent."""
+    names = dict.fromkeys((STOCK, OURS, *(options.peer or SUITES[suite].peers)))
+    reasons = {name: PEERS[name].missing(device) for name in names}
+    result["absent"] |= {name: reason for name, reason in reasons.items() if reason}
+    found = {name: PEERS[name] for name, reason in reasons.items() if not reason}
+    if "flashrnn" not in found and not options.peer:
+        found.pop(INPUT_PRODUCT, None)  # there only to be fair to that one
+    result["columns"] |= {name: peer.about for name, peer in found.items()}
+    return found
+
+
+def run(
+    result: Result,
+    path: Path,
+    selected: list[tuple[str, Workload]],
+    steps: int,
+    device: torch.device,
+    options: argparse.Namespace,
+    console: Console,
+) -> None:
+    """Fill `result` and its file row by row, under a progress bar or, where there is no terminal, a line for each."""
+    budget_s = options.budget or BUDGET_S[options.quick]
+    if not result["probe"] and selected:
+        result["probe"] = probe(device, {workload.dtype for _, workload in selected} | {"fp32"})
+    shown = TextColumn("{task.description:<36}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    begun: dict[str, float] = {}
+    left_out: dict[str, int] = {}
+    with Progress(*shown, console=console, transient=True) as progress:
+        task = progress.add_task("", total=len(selected))
+        for count, (suite, workload) in enumerate(selected, 1):
+            peers = columns(suite, options, result, device)
+            seconds = time.perf_counter() - begun.setdefault(suite, time.perf_counter())
+            progress.update(task, description=workload.name, completed=count - 1)
+            if has(result, suite, workload.name, peers, budget_s):
+                continue
+            if seconds > 60 * (options.minutes or SUITES[suite].minutes):
+                left_out[suite] = left_out.get(suite, 0) + 1
+                continue
+            measure = SUITES[suite].measure
+            try:
+                row = run_workload(workload, device, budget_s=budget_s, suite=suite, measure=measure, peers=peers)
+            except torch.OutOfMemoryError as problem:  # of the check in float64, or of the input
+                console.print(f"{workload.name} is left out: {str(problem).splitlines()[0]}", highlight=False)
+                continue
+            add(result, row)
+            save(result, path)
             if not console.is_terminal:
-                console.print(f"{count}/{len(workloads)} {workload.name}", highlight=False)
-        if steps:
+                console.print(f"{count}/{len(selected)} {suite} {workload.name}", highlight=False)
+        if steps and not any(job["steps"] == steps for job in result["jobs"]):
             task = progress.add_task("character model, training steps", total=steps)
-            result["jobs"].append(charlm.train(steps, device, advance=lambda: progress.advance(task)))
+            result["jobs"] = [charlm.train(steps, device, advance=lambda: progress.advance(task))]
+    for suite, count in left_out.items():
+        console.print(f"{suite}: {count} workloads left out for want of time; the same command goes on\n")
 
 
-def describe(device: torch.device, quick: bool, budget_s: float) -> Result:
+def describe(device: torch.device) -> Result:
     """An empty result that says where and how it was made."""
     head, dirty = commit()
     return {
@@ -109,17 +184,18 @@ def describe(device: torch.device, quick: bool, budget_s: float) -> Result:
         "date": now(),
         "commit": head,
         "dirty": dirty,
+        "source": source(),
         "machine": machine(device),
         "versions": versions(),
         "settings": {
             "device": device.type,
             "threads": torch.get_num_threads(),
-            "quick": quick,
-            "budget_s": budget_s,
             "tf32_cudnn": torch.backends.cudnn.allow_tf32,
             "tf32_matmul": torch.backends.cuda.matmul.allow_tf32,
         },
-        "columns": list(COLUMNS),
+        "probe": {},
+        "columns": {},
+        "absent": {},
         "rows": [],
         "jobs": [],
     }

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 from benchmarks.measure import route
-from benchmarks.peers import COLUMNS, OURS, STOCK, STOCK_LSTM
+from benchmarks.peers import OURS, PEERS, STOCK, STOCK_LSTM
 from benchmarks.results import Job, JobColumn
 from benchmarks.timing import sample_seconds, spread
 from tests.helpers import TOLERANCES, relative_error
@@ -111,7 +111,7 @@ def train(
     steps: int,
     device: torch.device,
     *,
-    make_lstm: Callable[..., nn.RNNBase] = COLUMNS[OURS],
+    make_lstm: Callable[..., nn.RNNBase] = PEERS[OURS].make,
     advance: Callable[[], object] = lambda: None,
 ) -> Job:
     """Train the three models and compare.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
 import importlib.metadata
 import os
 import platform
@@ -79,6 +80,15 @@ def commit() -> tuple[str | None, bool | None]:
         return head, bool(_git("status", "--porcelain", "--", ".", ":!benchmarks/results").strip())
     except (OSError, subprocess.CalledProcessError):
         return None, None
+
+
+def source() -> str:
+    """A digest of the code that is measured and of what measures it."""
+    digest = hashlib.sha256()
+    for folder in ("fastlstm", "kernels", "benchmarks"):
+        for path in sorted((ROOT / folder).glob("*.py")):
+            digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def _git(*arguments: str) -> str:

@@ -15,12 +15,14 @@ import matplotlib as mpl
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from benchmarks.peers import EAGER, OURS
-from benchmarks.results import README, Result, Spread, committed, fill_readme, label, load, provenance, verdict
+from benchmarks.readme import README, fill_readme, label
+from benchmarks.results import Result, Spread, committed, load, provenance, verdict
 
 FASTER, EVEN, SLOWER, INK, FAINT = "#2a7f62", "#9aa5a0", "#c8553d", "#22302b", "#e3e8e6"
 QUIET = "#5b6863"
@@ -43,6 +45,8 @@ def lines(result: Result) -> list[Line]:
     """Lay a result out from top to bottom: dense input, packed input, the real job, each under its heading."""
     families: dict[str, dict[str, Line]] = {"dense input": {}, "packed input (variable lengths)": {}, "a real job": {}}
     for row in result["rows"]:
+        if row["suite"] != "default":
+            continue
         family = families["dense input" if row["kind"].startswith("dense") else "packed input (variable lengths)"]
         line = family.setdefault(label(row), Line(label(row), {}))
         line.modes[row["training"]] = {name: column["ratio"] for name, column in row["columns"].items()}
@@ -53,13 +57,13 @@ def lines(result: Result) -> list[Line]:
     return [line for title, found in families.items() if found for line in (Line(title, {}), *found.values())]
 
 
-def draw(result: Result, path: Path) -> None:
-    """Write the figure of a result as an image; the suffix of `path` names the format."""
+def figure(result: Result) -> Figure:
+    """Draw the default suite of a result."""
     content = lines(result)
     modes = [training for training in (False, True) if any(training in line.modes for line in content)]
     panels = max(1, len(modes))
     width, height = 3.0 + 3.9 * panels, HEADER + FOOTER + LINE * max(4, len(content))
-    figure, axes = plt.subplots(1, panels, figsize=(width, height), sharey=True, sharex=True, squeeze=False)
+    drawn, axes = plt.subplots(1, panels, figsize=(width, height), sharey=True, sharex=True, squeeze=False)
     for axis, training in zip(axes[0], modes, strict=False):
         _panel(axis, content, training)
     axes[0][0].set_yticks(range(len(content)), [line.label for line in content])
@@ -67,7 +71,7 @@ def draw(result: Result, path: Path) -> None:
     for tick, line in zip(axes[0][0].get_yticklabels(), content, strict=True):
         tick.set(color=INK, fontsize=8, fontweight="normal" if line.modes else "bold")
 
-    figure.text(
+    drawn.text(
         0.15 / width,
         1 - 0.24 / height,
         "Speed relative to torch.nn.LSTM",
@@ -76,12 +80,21 @@ def draw(result: Result, path: Path) -> None:
         color=INK,
         va="center",
     )
-    figure.text(0.15 / width, 1 - 0.48 / height, provenance(result), fontsize=8, color=QUIET, va="center")
-    figure.legend(handles=_legend(), loc="lower center", ncols=5, frameon=False, fontsize=8)
-    figure.tight_layout(rect=(0, 0.3 / height, 1, 1 - 0.55 / height), w_pad=1.5)
+    drawn.text(0.15 / width, 1 - 0.48 / height, provenance(result), fontsize=8, color=QUIET, va="center")
+    drawn.legend(handles=_legend(), loc="lower center", ncols=5, frameon=False, fontsize=8)
+    drawn.tight_layout(rect=(0, 0.3 / height, 1, 1 - 0.55 / height), w_pad=1.5)
+    return drawn
+
+
+def draw(result: Result, path: Path) -> Path | None:
+    """Write that figure as an image, the suffix of `path` naming the format; None if there is nothing to draw."""
+    if not result["jobs"] and all(row["suite"] != "default" for row in result["rows"]):
+        return None
+    drawn = figure(result)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    drawn.savefig(path, dpi=130)
+    plt.close(drawn)
+    return path
 
 
 def _panel(axis: Axes, content: list[Line], training: bool) -> None:

@@ -2,99 +2,70 @@
 
 from __future__ import annotations
 
-import math
-import statistics
-
+import rich.table
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
-from benchmarks.peers import EAGER, OURS, STOCK
-from benchmarks.results import Column, Job, Result, Row, Spread, milliseconds, verdict
+from benchmarks.peers import OURS, STOCK
+from benchmarks.results import Job, Result, Row, Spread, verdict
+from benchmarks.tables import Table, summaries, tables
+
+STYLES = {"faster": "bold green", "slower": "bold red", "refused": "red", "rough": "yellow"}
 
 
 def print_report(result: Result, console: Console) -> None:
     """Print everything; a narrow terminal gets no memory and no route."""
-    wide = console.width >= 110
-    table = Table(header_style="bold", box=None, pad_edge=False)
-    for title in ("workload", "", "stock ms", "fastlstm ms", "ratio", "p20-p80", "eager ms", "ratio"):
-        table.add_column(title, justify="left" if title in ("workload", "") else "right", no_wrap=True)
-    if wide:
-        table.add_column("MiB stock", justify="right")
-        table.add_column("ours", justify="right")
-        table.add_column("route", no_wrap=True)
-    previous = None
-    for row in result["rows"]:
-        group, _, mode = row["name"].rpartition("/")
-        if previous and previous.split("/")[1:] != group.split("/")[1:]:
-            table.add_section()
-        stock, ours, eager = (row["columns"][name] for name in (STOCK, OURS, EAGER))
-        table.add_row(
-            group if group != previous else "",
-            mode,
-            _time(stock),
-            _time(ours),
-            _ratio(ours["ratio"]),
-            f"{ours['ratio']['p20']:.2f}-{ours['ratio']['p80']:.2f}" if ours["ratio"] else "",
-            _time(eager),
-            f"[dim]{eager['ratio']['median']:.2f}[/]" if eager["ratio"] else "",
-            *((_mebibytes(stock), _mebibytes(ours), row["route"]) if wide else ()),
-        )
-        previous = group
+    for table in tables(result):
+        print_table(table, console)
     if result["rows"]:
-        console.print(table)
         console.print(
             f"[dim]ratio: stock's time / the column's, above 1 is faster. {escape(_sizes(result['rows']))}[/]",
             highlight=False,
         )
-        console.print(summary(result["rows"]), highlight=False)
+        for line in summaries(result["rows"]):
+            more = f", and {len(line.slower) - 20} more" if len(line.slower) > 20 else ""
+            slower = f"; slower: {', '.join(line.slower[:20])}{more}" if line.slower else ""
+            console.print(f"[bold]{line.mode}[/]: {line.counts}{escape(slower)}", highlight=False)
+    for name, reason in result["absent"].items():
+        console.print(f"[dim]absent: {name}, {escape(reason)}[/]", highlight=False)
     for job in result["jobs"]:
         console.print(job_summary(job), highlight=False)
     for _, problem in refusals(result):
         console.print(f"[bold red]refused[/] {escape(problem)}", highlight=False)
 
 
-def _time(column: Column) -> str:
-    return milliseconds(column["ms"]) if column["ms"] else "[red]refused[/]"
+def print_table(table: Table, console: Console) -> None:
+    """Print a table; a workload's name stands once, at its first mode."""
+    shown = [
+        index
+        for index, title in enumerate(table.header)
+        if console.width >= 110 or title not in ("MiB stock", "ours", "route")
+    ]
+    drawn = rich.table.Table(title=table.title, title_justify="left", header_style="bold", box=None, pad_edge=False)
+    for index in shown:
+        text = index < table.names or table.header[index] in ("route", "note")
+        drawn.add_column(table.header[index], justify="left" if text else "right", no_wrap=True)
+    previous = None
+    for cells in table.rows:
+        texts = [f"[{STYLES.get(cell.tone, 'default')}]{escape(cell.text)}[/]" if cell.text else "" for cell in cells]
+        texts[0] = "" if cells[0] == previous else texts[0]
+        if previous and cells[0].text.split("/")[1:] != previous.text.split("/")[1:]:
+            drawn.add_section()
+        previous = cells[0]
+        drawn.add_row(*(texts[index] for index in shown))
+    console.print(drawn)
 
 
-def _ratio(ratio: Spread | None) -> str:
-    if not ratio:
-        return ""
-    style = {"faster": "bold green", "even": "default", "slower": "bold red"}[verdict(ratio)]
-    return f"[{style}]{ratio['median']:.2f}[/]"
-
-
-def _mebibytes(column: Column) -> str:
-    return f"{column['peak_bytes'] / 2**20:.1f}" if column["peak_bytes"] is not None else ""
+def _ratio(ratio: Spread) -> str:
+    return f"[{STYLES.get(verdict(ratio), 'default')}]{ratio['median']:.2f}[/]"
 
 
 def _sizes(rows: list[Row]) -> str:
-    """What the letters stand for."""
+    """What the letters stand for; longer names say it themselves."""
     shapes = {row["name"].split("/")[0]: row["shape"] for row in rows}
-    return "T,B,I,H: " + "  ".join(f"{name}={','.join(map(str, sizes.values()))}" for name, sizes in shapes.items())
-
-
-def summary(rows: list[Row]) -> str:
-    """Wins, ties, losses by name, and the geometric mean, for each mode."""
-    text = []
-    for training, mode in ((False, "forward"), (True, "forward and backward")):
-        ratios: dict[str, Spread] = {}
-        for row in rows:
-            ratio = row["columns"][OURS]["ratio"]
-            if row["training"] == training and ratio:
-                ratios[row["name"].rpartition("/")[0]] = ratio
-        if not ratios:
-            continue
-        faster = sum(verdict(ratio) == "faster" for ratio in ratios.values())
-        slower = [f"{name} {ratio['median']:.2f}" for name, ratio in ratios.items() if verdict(ratio) == "slower"]
-        mean = math.exp(statistics.fmean(math.log(ratio["median"]) for ratio in ratios.values()))
-        text.append(
-            f"[bold]{mode}[/]: faster on {faster}, as fast on {len(ratios) - faster - len(slower)}, "
-            f"slower on {len(slower)} of {len(ratios)}; geometric mean {mean:.2f}x"
-        )
-        text[-1] += f"; slower: {', '.join(slower)}" if slower else ""
-    return "\n".join(text)
+    lettered = {name: sizes for name, sizes in shapes.items() if len(name) == 1}
+    text = "  ".join(f"{name}={','.join(map(str, sizes.values()))}" for name, sizes in lettered.items())
+    return f"T,B,I,H: {text}" if text else ""
 
 
 def job_summary(job: Job) -> str:
@@ -121,6 +92,6 @@ def refusals(result: Result) -> list[tuple[str, str]]:
         (name, f"{row['name']}, {name}: {column['status']}")
         for row in result["rows"]
         for name, column in row["columns"].items()
-        if column["status"] != "ok"
+        if column["status"].split(":")[0] not in ("ok", "rough", "not supported")
     ]
     return found + [(OURS, f"{job['name']}: {job['status']}") for job in result["jobs"] if job["status"] != "ok"]

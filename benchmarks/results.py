@@ -1,23 +1,15 @@
-"""The result file: its schema, how it is read and written, and the table a README shows.
-
-`python -m benchmarks.results FILE` prints that table as Markdown.
-"""
+"""The result file: its schema, how it is read, written and taken up again, and what a ratio shows."""
 
 from __future__ import annotations
 
-import argparse
 import json
-import re
+import statistics
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal, TypedDict
 
-SCHEMA = 1
+SCHEMA = 2
 FOLDER = Path(__file__).parent / "results"
-README = FOLDER.parent.parent / "README.md"
-
-# what the README shows of a result file, and where: between two comments, of which the first names the file
-README_ROWS = r"^(b|c|f)/(dense|packed)/fp32|^b/packed/bf16|^b/packed-(bidir|2layer)|^b/dense-proj|^b/.*/fp64|^charlm"
-README_TABLE = re.compile(r"(?P<begin><!-- results: (?P<file>\S+) -->)\n.*?(?P<end><!-- end of results -->)", re.DOTALL)
 
 
 class Spread(TypedDict):
@@ -31,17 +23,20 @@ class Spread(TypedDict):
 class Column(TypedDict):
     """One implementation on one workload.
 
-    `status` is "ok", or what the correctness check found, and then nothing was timed. `error` is the largest
-    relative error of any compared tensor against float64. `ms` is per call; a sample averages `calls` calls, and
-    there are `rounds` samples. `ratio` is stock's time / this column's, paired by round: above 1 is faster.
+    `status` is "ok"; "rough: ...", less accurate than the tests allow, but timed; or why nothing was timed. `error` is
+    the largest of `errors`, relative ones against float64 by tensor. `ms` is per call; a sample averages `calls` calls,
+    there are `rounds` of them, and `samples` holds all, so that entries of one round are one round in every column.
+    `ratio` is stock's time / this column's, paired by round: above 1 is faster.
     """
 
     status: str
     error: float | None
+    errors: dict[str, float | None]
     rounds: int
     calls: int
     ms: Spread | None
     ratio: Spread | None
+    samples: list[float]
     peak_bytes: int | None
 
 
@@ -49,10 +44,14 @@ class Row(TypedDict):
     """One workload. `route` is what fastlstm.explain answers: backend and regime."""
 
     name: str
+    suite: str
     shape: dict[str, int]
     kind: str
     dtype: str
     training: bool
+    budget_s: float
+    flops: float
+    weight_bytes: int
     route: str
     columns: dict[str, Column]
 
@@ -88,37 +87,110 @@ class Job(TypedDict):
 
 
 class Result(TypedDict):
-    """A whole run, with everything needed to judge it and to run it again."""
+    """A whole run, with everything needed to judge it and to run it again.
+
+    `source` is a digest of the code that was measured. `probe` is what the machine can do: GFLOP/s of a matrix product
+    by dtype, GB/s of a copy. `columns` says what each column is, `absent` why one that was asked for could not run.
+    """
 
     schema: int
     command: str
     date: str
     commit: str | None
     dirty: bool | None
+    source: str
     machine: dict[str, str | int | float | None]
     versions: dict[str, str | None]
     settings: dict[str, str | int | float | bool | None]
-    columns: list[str]
+    probe: dict[str, float]
+    columns: dict[str, str]
+    absent: dict[str, str]
     rows: list[Row]
     jobs: list[Job]
 
 
 def save(result: Result, path: Path) -> None:
-    """Write a result file."""
+    """Write a result file, a row a line, so that an interruption leaves either the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    lists = {"rows": result["rows"], "jobs": result["jobs"]}
+    text = json.dumps({key: value for key, value in result.items() if key not in lists}, indent=1)[:-2]
+    for key, items in lists.items():
+        lines = ",\n".join(json.dumps(item, allow_nan=False) for item in items)
+        text += f',\n "{key}": [\n{lines}\n ]' if items else f',\n "{key}": []'
+    part = path.with_name(path.name + ".part")
+    part.write_text(text + "\n}\n")
+    part.replace(path)
 
 
 def load(path: Path) -> Result:
-    """Read a result file.
+    """Read a result file; one of schema 1, which kept no samples, is brought up to date.
 
     Raises:
-        ValueError: the file has another schema.
+        ValueError: the file has another schema, or is no result file.
     """
-    result = json.loads(path.read_text())
-    if result.get("schema") != SCHEMA:
-        raise ValueError(f"{path}: schema {result.get('schema')}, expected {SCHEMA}")
+    try:
+        result = json.loads(path.read_text())
+        schema = result.get("schema")
+    except (json.JSONDecodeError, AttributeError) as problem:
+        raise ValueError(f"{path} is not a result file") from problem
+    if schema == 1:
+        result |= {"schema": SCHEMA, "source": "", "probe": {}, "absent": {}}
+        result["columns"] = dict.fromkeys(result["columns"], "")
+        for row in result["rows"]:
+            row |= {"suite": "default", "budget_s": 0.0, "flops": 0.0, "weight_bytes": 0}
+            for column in row["columns"].values():
+                column |= {"errors": {}, "samples": []}
+    elif schema != SCHEMA:
+        raise ValueError(f"{path}: schema {schema}, expected {SCHEMA}")
     return result
+
+
+def taken_up(result: Result, path: Path) -> Result:
+    """Return `result` with the rows that a file holds, if they come from the same code on the same machine."""
+    if not path.exists():
+        return result
+    old = load(path)
+    same = all(_identity(old[key]) == _identity(result[key]) for key in ("source", "machine", "versions", "settings"))
+    if same:
+        commands = old["command"].split("; ")
+        command = old["command"] if result["command"] in commands else f"{old['command']}; {result['command']}"
+        columns = old["columns"] | result["columns"]
+        kept = {key: old[key] for key in ("probe", "rows", "jobs")}
+        result = {**result, **kept, "command": command, "columns": columns}  # type: ignore[typeddict-item]
+    return result
+
+
+def _identity(value: object) -> object:
+    """What must be equal for two runs to be one: not the load that the machine happened to have."""
+    if isinstance(value, dict):
+        return {key: item for key, item in value.items() if key not in ("load_1min",)}
+    return value
+
+
+def has(result: Result, suite: str, name: str, columns: Iterable[str], budget_s: float) -> bool:
+    """Whether a workload was measured for a suite, in all these columns and at least as long."""
+    return any(
+        (row["suite"], row["name"]) == (suite, name)
+        and row["budget_s"] >= budget_s
+        and row["columns"].keys() >= set(columns)
+        for row in result["rows"]
+    )
+
+
+def add(result: Result, row: Row) -> None:
+    """Add a row; the same workload of the same suite is replaced."""
+    result["rows"] = [old for old in result["rows"] if (old["suite"], old["name"]) != (row["suite"], row["name"])]
+    result["rows"].append(row)
+
+
+def rounded(value: float) -> float:
+    """Four significant figures: what a clock is worth, and short in a file."""
+    return float(f"{value:.4g}")
+
+
+def percentile(values: Sequence[float], percent: int) -> float:
+    """Interpolated between the samples, 1 <= percent <= 99."""
+    return statistics.quantiles(values, n=100, method="inclusive")[percent - 1] if len(values) > 1 else values[0]
 
 
 def committed() -> list[Path]:
@@ -135,77 +207,6 @@ def verdict(ratio: Spread) -> Literal["faster", "even", "slower"]:
     return "even"
 
 
-def label(row: Row) -> str:
-    """A row's shape letter, sizes, kind and dtype, for people."""
-    sizes = " ".join(f"{size}={value}" for size, value in row["shape"].items())
-    return f"{row['name'].split('/')[0]} ({sizes}) {row['kind'].replace('-', ' ')} {row['dtype']}"
-
-
-def cell(row: Row | None, column: str) -> str:
-    """`2.50x (8.1 to 3.2 ms)`, from stock's median to the column's, or why there is no figure."""
-    if row is None or column not in row["columns"]:
-        return ""
-    found, stock = row["columns"][column], next(iter(row["columns"].values()))
-    if not found["ms"] or not found["ratio"] or not stock["ms"]:
-        return "refused: " + found["status"].split(",")[0]
-    text = f"{found['ratio']['median']:.2f}x ({milliseconds(stock['ms'])} to {milliseconds(found['ms'])} ms)"
-    return f"**{text}**" if verdict(found["ratio"]) == "slower" else text
-
-
-def milliseconds(spread: Spread) -> str:
-    """The median to three significant figures."""
-    value = spread["median"]
-    return f"{value:.0f}" if value >= 100 else f"{value:.{2 if value < 10 else 1}f}" if value >= 1 else f"{value:.3f}"
-
-
-def markdown(result: Result, pattern: str = "", column: str = "fastlstm") -> str:
-    """Render rows whose name matches `pattern` as a Markdown table, forward and training side by side.
-
-    Figures that show a loss are set in bold, so that none hides.
-    """
-    pairs: dict[str, dict[bool, Row]] = {}
-    for row in result["rows"]:
-        if re.search(pattern, row["name"]):
-            pairs.setdefault(label(row), {})[row["training"]] = row
-    lines = [
-        "| workload | forward, no_grad | forward and backward | tensor bytes at the peak, training |",
-        "|---|---|---|---|",
-    ]
-    for name, modes in pairs.items():
-        training = modes.get(True)
-        cells = [name, cell(modes.get(False), column), cell(training, column), memory(training, column)]
-        lines.append("| " + " | ".join(cells) + " |")
-    for job in result["jobs"]:
-        if re.search(pattern, job["name"]):
-            found = job["columns"][column]
-            stock = next(iter(job["columns"].values()))
-            lines.append(
-                f"| {job['name'].split('/')[0]}: {job['steps']} training steps on real text, "
-                f"{found['bits_per_character']:.3f} bits per character (stock {stock['bits_per_character']:.3f}) "
-                f"| | {found['ratio']['median']:.2f}x ({stock['seconds']:.1f} to {found['seconds']:.1f} s) | |"
-            )
-    return "\n".join(lines) + "\n"
-
-
-def fill_readme(readme: str) -> str:
-    """Return the README with the table between its markers made again from the result file that they name."""
-
-    def table(match: re.Match[str]) -> str:
-        result = load(README.parent / match["file"])
-        body = f"{markdown(result, README_ROWS)}\n{provenance(result)}; `{result['command']}`"
-        return f"{match['begin']}\n{body}\n{match['end']}"
-
-    return README_TABLE.sub(table, readme)
-
-
-def memory(row: Row | None, column: str) -> str:
-    """The column's peak memory over stock's."""
-    if row is None or column not in row["columns"]:
-        return ""
-    own, stock = row["columns"][column]["peak_bytes"], next(iter(row["columns"].values()))["peak_bytes"]
-    return f"{own / stock:.2f}x" if own and stock else ""
-
-
 def provenance(result: Result) -> str:
     """One line: machine, threads, versions, commit and date."""
     machine, versions = result["machine"], result["versions"]
@@ -213,17 +214,3 @@ def provenance(result: Result) -> str:
     device = machine["gpu"] or f"{machine['cpu']}, {threads} thread{'s' * (threads != 1)}"
     commit = (result["commit"] or "no commit")[:10] + (" (dirty)" if result["dirty"] else "")
     return f"{device}; torch {versions['torch']}; commit {commit}; {result['date'][:10]}"
-
-
-def main() -> None:
-    """Print the Markdown table of a result file."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("file", type=Path)
-    parser.add_argument("--filter", default="", metavar="REGEX", help="only workloads whose name matches")
-    arguments = parser.parse_args()
-    result = load(arguments.file)
-    print(markdown(result, arguments.filter) + "\n" + provenance(result))
-
-
-if __name__ == "__main__":
-    main()

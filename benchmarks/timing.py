@@ -16,9 +16,11 @@ from benchmarks.results import Spread
 
 Step = Callable[[], object]
 
-SAMPLE_S = 2e-3  # a short call is repeated until a sample lasts about this long
-MAX_CALLS = 100
-MAX_ROUNDS = 200
+SAMPLE_S = 5e-3  # a short call is repeated until a sample lasts about this long
+MAX_CALLS = 200
+MAX_ROUNDS = 60  # all samples are stored, for `python -m benchmarks compare`
+MAX_SINGLE_ROUNDS = 500
+SLOW_S, SLOW_ROUNDS = 1.0, 3  # calls of more than a second are timed no oftener than that, whatever the budget
 
 
 def spread(values: Sequence[float]) -> Spread:
@@ -46,20 +48,43 @@ def sample_seconds(step: Step, device: torch.device, calls: int = 1) -> float:
     return start.elapsed_time(end) / 1e3 / calls
 
 
+def call_seconds(step: Step, device: torch.device, calls: int = 1) -> float:
+    """Seconds that one who waits for a single call waits; `calls` must be 1."""
+    assert calls == 1
+    begin = time.perf_counter()
+    step()
+    if device.type != "cpu":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - begin
+
+
 def interleave(
-    steps: Mapping[str, Step], device: torch.device, budget_s: float, min_rounds: int
+    steps: Mapping[str, Step], device: torch.device, budget_s: float, min_rounds: int, single: bool = False
 ) -> tuple[dict[str, list[float]], dict[str, int]]:
     """Time the steps in turns.
+
+    Args:
+        steps: name -> what to call.
+        device: where it runs.
+        budget_s: seconds to spend.
+        min_rounds: rounds to time even when that exceeds the budget.
+        single: time each call by itself, with what its caller waits for; otherwise samples of several short calls.
 
     Returns:
         name -> milliseconds per call, one entry a round, so that entries of one round stand side by side; and
         name -> calls that one entry averages over.
     """
+    clock, max_rounds = (call_seconds, MAX_SINGLE_ROUNDS) if single else (sample_seconds, MAX_ROUNDS)
     calls = {}
     for name, step in steps.items():
-        for _ in range(2):  # the first call compiles or prepares, the second fills caches
-            step()
-        calls[name] = min(MAX_CALLS, math.ceil(SAMPLE_S / max(sample_seconds(step, device), 1e-9)))
+        step()  # compiles or prepares
+        seconds = sample_seconds(step, device)
+        if seconds < SLOW_S:  # that call filled the caches
+            seconds = sample_seconds(step, device)
+        else:
+            min_rounds = min(min_rounds, SLOW_ROUNDS)
+        enough = math.ceil(SAMPLE_S / max(seconds, 1e-9))
+        calls[name] = 1 if single else min(MAX_CALLS, enough)
 
     samples: dict[str, list[float]] = {name: [] for name in steps}
     order = list(steps)
@@ -69,9 +94,9 @@ def interleave(
     gc.disable()
     try:
         deadline = time.perf_counter() + budget_s
-        while rounds < min_rounds or (rounds < MAX_ROUNDS and time.perf_counter() < deadline):
+        while rounds < min_rounds or (rounds < max_rounds and time.perf_counter() < deadline):
             for name in order:
-                samples[name].append(1e3 * sample_seconds(steps[name], device, calls[name]))
+                samples[name].append(1e3 * clock(steps[name], device, calls[name]))
             order = order[1:] + order[:1]  # no column always runs after the same one
             rounds += 1
     finally:

@@ -1,7 +1,7 @@
-"""The named workloads: what is timed, without a word on how.
+"""A workload: what is timed, without a word on how.
 
 A workload's name reads `shape/input/dtype/mode`, e.g. `b/packed-bidirectional/fp32/train`; `--filter` and
-`pytest -k` select by it.
+`pytest -k` select by it. The lists of workloads are in `suites.py`.
 """
 
 from __future__ import annotations
@@ -44,26 +44,31 @@ class Workload:
         shape: the sizes.
         dtype: a key of DTYPES.
         training: forward and backward; otherwise forward under no_grad.
-        packed: a PackedSequence with lengths uniform in [T/4, T], not sorted; otherwise a dense [T, B, I] tensor.
+        lengths: "" for a dense [T, B, I] tensor; otherwise a PackedSequence, not sorted, whose lengths are "uniform" in
+            [T/4, T], "short" (skewed: half of them under T/8, mean T/4) or "onelong" (one of T, all others T/16).
         num_layers: as in nn.LSTM, without dropout.
         bidirectional: as in nn.LSTM.
         proj_size: as in nn.LSTM.
+        streaming: one step a call, the state carried from call to call; the check runs all T.
     """
 
     shape: Shape
     dtype: str = "fp32"
     training: bool = False
-    packed: bool = False
+    lengths: str = ""
     num_layers: int = 1
     bidirectional: bool = False
     proj_size: int = 0
+    streaming: bool = False
 
     @cached_property
     def kind(self) -> str:
         """The input and the network, e.g. "packed-bidirectional"."""
         network = [f"{self.num_layers}layer"] * (self.num_layers > 1)
         network += ["bidirectional"] * self.bidirectional + [f"proj{self.proj_size}"] * (self.proj_size > 0)
-        return "-".join(["packed" if self.packed else "dense", *network])
+        kinds = {"": "dense", "uniform": "packed"}
+        source = "stream" if self.streaming else kinds.get(self.lengths, f"packed-{self.lengths}")
+        return "-".join([source, *network])
 
     @cached_property
     def group(self) -> str:
@@ -86,117 +91,43 @@ class Workload:
             "proj_size": self.proj_size,
         }
 
-    def make_input(self, device: torch.device, seed: int = 0) -> Tensor | PackedSequence:
-        """Draw the input, the same for the same seed on every device."""
-        generator = torch.Generator().manual_seed(seed)
+    @property
+    def flops(self) -> float:
+        """Floating-point operations of one call, of its matrix products alone; packed rows count as drawn."""
+        s, directions = self.shape, 1 + self.bidirectional
+        P = self.proj_size or s.H
+        inputs = s.I + (self.num_layers - 1) * directions * P
+        weights = directions * (4 * s.H * (inputs + self.num_layers * P) + self.num_layers * self.proj_size * s.H)
+        return 2.0 * weights * self.tokens * (3 if self.training else 1)
+
+    @property
+    def tokens(self) -> int:
+        """Rows over all steps: T * B, or the sum of the lengths; B for one call of a stream."""
+        if self.streaming:
+            return self.shape.B
+        if not self.lengths:
+            return self.shape.T * self.shape.B
+        return int(self.draw_lengths().sum())
+
+    def draw_lengths(self) -> Tensor:
+        """Draw the lengths of a packed batch, [B], always the same; the longest is T."""
+        generator = torch.Generator().manual_seed(1)
+        T, B = self.shape.T, self.shape.B
+        if self.lengths == "uniform":
+            lengths = torch.randint(max(1, T // 4), T + 1, (B,), generator=generator)
+        elif self.lengths == "short":
+            lengths = (T * torch.rand(B, generator=generator) ** 3).long().clamp(min=1)
+        else:
+            lengths = torch.full((B,), max(1, T // 16))
+        lengths[0] = T
+        return lengths
+
+    def make_input(self, device: torch.device) -> Tensor | PackedSequence:
+        """Draw the input, the same on every device."""
+        generator = torch.Generator().manual_seed(0)
         T, B = self.shape.T, self.shape.B
         x = torch.randn(T, B, self.shape.I, generator=generator, dtype=torch.float64)
         x = x.to(device, DTYPES[self.dtype])
-        if not self.packed:
+        if not self.lengths:
             return x
-        lengths = torch.randint(max(1, T // 4), T + 1, (B,), generator=generator)
-        lengths[0] = T
-        return pack_padded_sequence(x, lengths, enforce_sorted=False)
-
-
-A = Shape("a", 100, 1, 64, 64)  # one stream, the wrapper's own cost shows
-B = Shape("b", 100, 16, 64, 128)  # a tagger
-C = Shape("c", 128, 32, 128, 256)  # a sentence encoder
-D = Shape("d", 35, 20, 650, 650)  # the medium word model of Zaremba et al. 2014
-E = Shape("e", 60, 128, 40, 100)  # speech features: a large batch, nothing a power of two
-F = Shape("f", 1000, 4, 32, 64)  # a long signal
-G = Shape("g", 20, 1, 32, 32)  # as small as calls get
-
-# DeepBench's LSTM list (github.com/baidu-research/DeepBench), input_size = hidden_size as there
-DEEPBENCH = tuple(
-    Shape(f"deepbench-{H}x{batch}", T, batch, H, H)
-    for H, batch, T in (
-        (256, 16, 150),
-        (256, 64, 150),
-        (512, 16, 25),
-        (512, 64, 25),
-        (1024, 16, 25),
-        (1024, 128, 25),
-        (1536, 8, 50),
-        (1536, 32, 50),
-        (2048, 16, 25),
-        (2048, 128, 25),
-        (4096, 128, 25),
-    )
-)
-H512, H1024 = DEEPBENCH[3], DEEPBENCH[4]
-# the shape that FlashRNN's paper (arXiv 2412.07752) times
-LONG = Shape("long-768", 1024, 16, 768, 768)
-
-
-def _both(*shapes: Shape, dtype: str = "fp32", **options) -> list[Workload]:
-    """Each shape, forward then training."""
-    return [Workload(shape, dtype, training=training, **options) for shape in shapes for training in (False, True)]
-
-
-def _train(*shapes: Shape, dtype: str = "fp32", **options) -> list[Workload]:
-    """Each shape, training only."""
-    return [Workload(shape, dtype, training=True, **options) for shape in shapes]
-
-
-def cpu_workloads() -> list[Workload]:
-    """What `python -m benchmarks` runs where there is no GPU."""
-    return [
-        *_both(A, B, C, D, E, F, G),
-        *_both(B, C, E, F, packed=True),
-        *_both(B, C, dtype="bf16"),
-        *_both(B, C, dtype="bf16", packed=True),
-        *_train(A, B, F, dtype="fp64"),
-        *_train(B, dtype="fp64", packed=True),
-        *_both(B, bidirectional=True),
-        *_both(B, bidirectional=True, packed=True),
-        *_both(B, num_layers=2),
-        *_both(B, num_layers=2, packed=True),
-        *_both(B, proj_size=64),
-        *_train(C, proj_size=128),
-        *_train(B, proj_size=64, packed=True),
-    ]
-
-
-def gpu_workloads() -> list[Workload]:
-    """What `python -m benchmarks` runs on a GPU."""
-    return [
-        *_both(A, B, C, F, dtype="bf16"),
-        *_both(*DEEPBENCH, LONG, dtype="bf16"),
-        *_both(B, *DEEPBENCH[:6], dtype="fp16"),
-        *_both(B, C, *DEEPBENCH[:6]),
-        *_both(B, C, H512, H1024, dtype="bf16", packed=True),
-        *_both(B, H512, dtype="bf16", bidirectional=True),
-        *_both(B, dtype="bf16", bidirectional=True, packed=True),
-        *_both(B, H512, H1024, dtype="bf16", num_layers=2),
-        *_both(H1024, dtype="bf16", proj_size=512),
-        *_train(B, dtype="fp64"),
-    ]
-
-
-def quick_workloads(device_type: str) -> list[Workload]:
-    """A handful that covers every kind, for --quick and for `pytest benchmarks`."""
-    if device_type == "cpu":
-        return [
-            *_both(A, B, G),
-            *_both(B, packed=True),
-            *_train(F, packed=True),
-            *_train(B, dtype="bf16", packed=True),
-            *_train(A, dtype="fp64"),
-            *_train(B, bidirectional=True, packed=True),
-            *_train(B, num_layers=2, packed=True),
-            *_train(B, proj_size=64),
-        ]
-    return [
-        *_both(B, H512, H1024, dtype="bf16"),
-        *_both(B, dtype="bf16", packed=True),
-        *_train(H512, dtype="fp16"),
-        *_train(H512),
-        *_train(B, dtype="bf16", bidirectional=True),
-        *_train(H512, dtype="bf16", num_layers=2),
-    ]
-
-
-def default_workloads(device_type: str) -> list[Workload]:
-    """The full list for a kind of device."""
-    return cpu_workloads() if device_type == "cpu" else gpu_workloads()
+        return pack_padded_sequence(x, self.draw_lengths(), enforce_sorted=False)

@@ -2,7 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from fastlstm.conversion import Report, convert
+from fastlstm.conversion import Report, convert, revert
 from fastlstm.dispatch import Decision
 from fastlstm.functional import lstm
 from fastlstm.module import LSTM, LSTMCell, explain
@@ -12,4 +12,4 @@ try:
 except PackageNotFoundError:  # a checkout that was never installed
     __version__ = "0+unknown"
 
-__all__ = ["LSTM", "Decision", "LSTMCell", "Report", "__version__", "convert", "explain", "lstm"]
+__all__ = ["LSTM", "Decision", "LSTMCell", "Report", "__version__", "convert", "explain", "lstm", "revert"]

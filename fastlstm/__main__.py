@@ -1,20 +1,27 @@
-"""The doctor: `python -m fastlstm` prints what is installed, what it runs on, and what backend="auto" would choose."""
+"""The doctor: `python -m fastlstm` prints what is installed, what it runs on, and what backend="auto" would choose.
+
+`python -m fastlstm tune` times the candidates for typical calls, or for those it is given, ahead of their first use.
+"""
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import importlib.metadata
 import os
 import platform
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 
 import fastlstm
+from fastlstm import functional, tuning
 from fastlstm.dispatch import decide, has_triton, interpreting
 from fastlstm.plans import SHARED_MEMORY
-from fastlstm.problem import Device, Problem, device_of
+from fastlstm.problem import Device, Problem, allows_tf32, device_of
+from fastlstm.timings import timings
 
 # a name for people, then what dispatch sees
 TYPICAL = (
@@ -27,7 +34,26 @@ TYPICAL = (
     ("word model, two layers", Problem(T=35, B=20, I=650, H=650, L=2, dtype=torch.bfloat16)),
     ("large", Problem(T=50, B=32, I=1536, H=1536, dtype=torch.float16)),
 )
-VARIABLES = ("FASTLSTM_BACKEND", "TRITON_INTERPRET", "TRITON_CACHE_DIR", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
+VARIABLES = (
+    "FASTLSTM_BACKEND",
+    "FASTLSTM_AUTOTUNE",
+    "FASTLSTM_AUTOTUNE_MS",
+    "FASTLSTM_CACHE_DIR",
+    "TRITON_INTERPRET",
+    "TRITON_CACHE_DIR",
+    "OMP_NUM_THREADS",
+    "CUDA_VISIBLE_DEVICES",
+    "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE",
+)
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+SHAPES = (
+    "100,16,64,128",
+    "128,32,256,256",
+    "100,16,512,512",
+    "35,20,650,650,2",
+    "100,16,256,256,1,2",
+    "50,32,1024,1024",
+)
 
 
 def report() -> Iterator[str]:
@@ -51,11 +77,12 @@ def report() -> Iterator[str]:
     yield ""
     yield "environment"
     for name in VARIABLES:
-        yield f"  {name:<20} {os.environ.get(name, '(not set)')}"
+        yield f"  {name:<34} {os.environ.get(name, '(not set)')}"
 
     yield ""
     yield "caches"
-    yield "  fastlstm keeps none: choices are made by rule"
+    yield f"  fastlstm's timings: {timings().path}, {len(timings().entries)} entries"
+    yield f"  timing of new kinds of calls, on a GPU: {_tuning()}"
     folder = Path(os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton" / "cache")
     yield f"  triton's compiled kernels: {folder}{'' if folder.is_dir() else ' (not there yet)'}"
 
@@ -80,10 +107,19 @@ def choices(device: Device) -> Iterator[str]:
 
 def _choice(problem: Problem, training: bool, device: Device) -> str:
     try:
-        decision = decide(dataclasses.replace(problem, training=training), device)
+        problem = dataclasses.replace(problem, training=training)
+        decision = decide(problem, device, times=tuning.known(problem, device))
     except (RuntimeError, ValueError) as error:  # what FASTLSTM_BACKEND asks for is wrong or cannot be had
         return f"{type(error).__name__}: {error}"
     return f"{decision.backend} ({decision.regime}): {decision.reason}"
+
+
+def _tuning() -> str:
+    try:
+        why = "torch or cuDNN is in deterministic mode" if tuning.reproducible() else tuning.obstacle()
+    except ValueError as error:
+        why = str(error)
+    return f"off, since {why}" if why else "on"
 
 
 def _sizes(problem: Problem) -> str:
@@ -128,5 +164,64 @@ def _limits(device: torch.device) -> str:
     )
 
 
+def tune(shapes: Sequence[str], dtypes: Sequence[str], modes: Sequence[bool]) -> Iterator[str]:
+    """Time the candidates for each shape, dtype and mode on the current GPU, and yield what will be chosen.
+
+    Args:
+        shapes: each "T,B,I,H", "T,B,I,H,L" or "T,B,I,H,L,D".
+        dtypes: keys of DTYPES.
+        modes: whether it trains.
+    """
+    on = torch.device("cuda", torch.cuda.current_device())
+    for shape in shapes:
+        T, B, I, H, L, D = (*_shape(shape), 1, 1)[:6]  # noqa: E741
+        for dtype in dtypes:
+            for training in modes:
+                problem = Problem(T, B, I, H, 0, L, D, DTYPES[dtype], training, tf32=allows_tf32())
+                times = tuning.times(problem, device_of(on), on, functional.trial, asked=True)
+                yield str(decide(problem, device_of(on), times=times))
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    """Read "T,B,I,H[,L[,D]]"."""
+    sizes = tuple(int(size) for size in text.split(","))
+    if not 4 <= len(sizes) <= 6 or min(sizes) < 1 or (len(sizes) == 6 and sizes[5] > 2):
+        raise ValueError
+    return sizes
+
+
+def main(arguments: Sequence[str] | None = None) -> str | None:
+    """Run the command line; return what went wrong, if something did."""
+    parser = argparse.ArgumentParser("python -m fastlstm", description=__doc__)
+    commands = parser.add_subparsers(dest="command", metavar="[tune]")
+    tuner = commands.add_parser("tune", help="time the candidates ahead of their first use")
+    tuner.add_argument(
+        "--shapes", nargs="+", default=SHAPES, metavar="T,B,I,H[,L[,D]]", help="by default, typical ones"
+    )
+    tuner.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bfloat16", "float32"])
+    mode = tuner.add_mutually_exclusive_group()
+    mode.add_argument("--training", dest="modes", action="store_const", const=[True], default=[False, True])
+    mode.add_argument("--inference", dest="modes", action="store_const", const=[False])
+    tuner.add_argument("--clear", action="store_true", help="forget all timings instead")
+    given = parser.parse_args(arguments)
+    if given.command is None:
+        print("\n".join(report()))
+        return None
+    if given.clear:
+        timings().clear()
+        print(f"forgotten: {timings().path}")
+        return None
+    for shape in given.shapes:
+        try:
+            _shape(shape)
+        except ValueError:
+            tuner.error(f"--shapes takes T,B,I,H[,L[,D]], sizes from 1 up and D at most 2, got {shape!r}")
+    if not torch.cuda.is_available():
+        return "There is no GPU here, so there is nothing to time: on a CPU, choices are made by rule."
+    for line in tune(given.shapes, given.dtype, given.modes):
+        print(line)
+    return None
+
+
 if __name__ == "__main__":
-    print("\n".join(report()))
+    sys.exit(main())

@@ -1,15 +1,15 @@
-"""One LSTM layer with gradients: the custom ops, and the autograd Function that wraps them.
+"""One LSTM layer with gradients: the custom ops, and the formulas that tie them together.
 
-For torch.compile and torch.export a layer is one opaque op, `fastlstm::lstm_forward`: the input GEMM over the whole
-sequence, then the recurrence. `fastlstm::lstm_backward` is the recurrence's adjoint; the GEMMs that turn its dgates
-into the gradients of the input, the weights, the biases and h0 are plain torch, one over all rows for each gradient
-that is asked for.
+For torch.compile and torch.export a layer, both its directions, is one opaque op, `fastlstm::lstm_forward`: the input
+GEMM over the whole sequence, then the recurrence. `fastlstm::lstm_backward` is the recurrence's adjoint; the GEMMs that
+turn its dgates into the gradients of the input, the weights, the biases and h0 are plain torch, one over all rows for
+each gradient that is asked for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from types import ModuleType
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,8 +17,10 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import functional as F  # noqa: N812
 
-from fastlstm import dispatch, reference
+from fastlstm import autocast, checks, dispatch, reference
 from fastlstm.problem import Problem, device_of
+
+_WIDE_ELEMENTS = 1 << 22  # of float32 pre-activations that `lstm_gates` holds at once
 
 # w_ih [4H, I], w_hh [4H, P], b_ih [4H], b_hh [4H], w_hr [P, H] of one direction
 DirectionWeights = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
@@ -31,6 +33,7 @@ def lstm_layer(
     weights: Sequence[DirectionWeights],
     batch_sizes: Tensor | None,
     backend: str,
+    recompute: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run the D directions of one layer over rows (`reference.py` says how rows are laid out).
 
@@ -40,7 +43,9 @@ def lstm_layer(
         c0: [D, B, H].
         weights: one tuple (w_ih, w_hh, b_ih, b_hh, w_hr) a direction; biases and w_hr may be None.
         batch_sizes: [T] int64 on the CPU for packed rows, or None for dense ones.
-        backend: "reference", "triton", or "auto" for the better of the two where and when the layer runs.
+        backend: "reference", "triton" (and, after a space, the name of a layout), or "auto" for the better of the two
+            where and when the layer runs.
+        recompute: whether backward makes the activated gates again instead of finding them saved.
 
     Returns:
         output [N, D*P], h_n [D, B, P], c_n [D, B, H].
@@ -48,10 +53,11 @@ def lstm_layer(
     flat = [weight for direction in weights for weight in direction]
     if transformed():
         return _differentiable(x, h0, c0, flat, batch_sizes)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, h0, c0, *flat)):
-        output, h_n, c_n, _, _ = LSTMFunction.apply(x, h0, c0, batch_sizes, backend, *flat)  # pyright: ignore
-        return output, h_n, c_n
-    output, h_n, c_n, _, _ = lstm_forward(x, h0, c0, *_by_kind(flat), batch_sizes, False, backend)
+    present = [weight for weight in flat if weight is not None]
+    # an exported program is for inference first: trained after all, backward makes again what was not saved
+    save = torch.is_grad_enabled() and not torch.compiler.is_exporting()
+    save = save and any(t.requires_grad for t in (x, h0, c0, *present))
+    output, h_n, c_n, _, _ = lstm_forward(x, h0, c0, present, batch_sizes, save, recompute, backend)
     return output, h_n, c_n
 
 
@@ -66,52 +72,210 @@ def transformed() -> bool:
     return forward_ad._current_level >= 0 or functions.peek_interpreter_stack() is not None
 
 
-class LSTMFunction(torch.autograd.Function):
-    """One layer with a hand-written backward, and a differentiable form for double backward."""
-
-    @staticmethod
-    def forward(
-        x: Tensor, h0: Tensor, c0: Tensor, batch_sizes: Tensor | None, backend: str, *flat: Tensor | None
-    ) -> tuple[Tensor, ...]:
-        """Return what `lstm_layer` does, and the activated gates and cells for backward."""
-        return lstm_forward(x, h0, c0, *_by_kind(flat), batch_sizes, True, backend)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        """Save for backward.
-
-        Beyond the inputs and the output that the caller holds anyway, a row and direction cost 4H activated gates
-        in the input's dtype and H cells in float32: 20H bytes in float32, 12H in float16 and bfloat16 (40H in
-        float64, whose cells are float64).
-        """
-        x, h0, c0, batch_sizes, backend, *flat = inputs
-        rows, _, _, gates, cells = output
-        ctx.mark_non_differentiable(gates, cells)
-        ctx.set_materialize_grads(False)  # no zeros in the size of the gates
-        ctx.save_for_backward(x, h0, c0, batch_sizes, rows, gates, cells, *flat)
-        ctx.backend = backend
-
-    @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple:
-        """Return the gradient of each input that needs one."""
-        x, h0, c0, batch_sizes, output, gates, cells, *flat = ctx.saved_tensors
-        forms = (output, h0, c0)
-        d_output, dh_n, dc_n = (
-            torch.zeros_like(form) if cotangent is None else cotangent
-            for cotangent, form in zip(cotangents, forms, strict=False)
-        )
-        needs_x, needs_h0, needs_c0, _, _, *needs_flat = ctx.needs_input_grad
-        needs = (needs_x, needs_h0, needs_c0, *needs_flat)
-        if torch.is_grad_enabled():
-            gradients = differentiable_backward((d_output, dh_n, dc_n), (x, h0, c0, *flat), needs, batch_sizes)
-        else:
-            saved = (output, gates, cells)
-            gradients = _backward((d_output, dh_n, dc_n), (x, h0, c0, *flat), needs, saved, batch_sizes, ctx.backend)
-        dx, dh0, dc0, *dflat = gradients
-        return dx, dh0, dc0, None, None, *dflat
+def differentiable_backward(
+    cotangents: tuple[Tensor, Tensor, Tensor],
+    inputs: tuple[Any, ...],
+    needs: tuple[bool, ...],
+    batch_sizes: Tensor | None,
+) -> list[Tensor | None]:
+    """Differentiate the differentiable form, so that the gradients can be differentiated again."""
+    # aliases: a path from one input to another outside this layer must not be counted
+    aliases: list[Any] = [None if t is None else t.view_as(t) for t in inputs]
+    x, h0, c0, *flat = aliases
+    with autocast.off(x.device):
+        outputs = _differentiable(x, h0, c0, flat, batch_sizes)
+    wanted = [alias for alias, needed in zip(aliases, needs, strict=True) if needed and alias is not None]
+    gradients = iter(torch.autograd.grad(outputs, wanted, cotangents, create_graph=True, allow_unused=True))
+    return [next(gradients) if needed else None for needed in needs]
 
 
-def _backward(
+def _differentiable(
+    x: Tensor, h0: Tensor, c0: Tensor, flat: Sequence[Tensor | None], batch_sizes: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run the layer in plain torch ops, with nothing in place."""
+    w_ih, bias, w_hh, w_hr = by_kind(flat)
+    return reference.lstm_differentiable(F.linear(x, w_ih, bias), h0, c0, w_hh, w_hr, batch_sizes)
+
+
+def _times_weight(rows: Tensor, weight: Tensor) -> Tensor:
+    """Return rows weight, [N, K] of [N, M] and [M, K]: the gradient of the input."""
+    if rows.dtype == torch.float64:  # in this order MKL's GEMM takes a third to two thirds of the time
+        return (weight.t() @ rows.t()).t().contiguous()
+    return rows @ weight
+
+
+def _sum_of_outer(rows: Tensor, columns: Tensor) -> Tensor:
+    """Return rows^T columns, [M, K] of [N, M] and [N, K]: the gradient of a weight."""
+    # in this order MKL's float64 GEMM takes two thirds of the time; a gradient is contiguous, as stock's is
+    return (columns.t() @ rows).t().contiguous()
+
+
+def directions(weights: Sequence[Any], count: int) -> list[DirectionWeights]:
+    """Return the weights of each of `count` directions of layers, in torch's flat order, with None for the missing."""
+    found: list[DirectionWeights] = []
+    for w_ih, w_hh, *rest in checks.groups(weights, count):
+        b_ih, b_hh = rest[:2] if len(rest) >= 2 else (None, None)
+        found.append((w_ih, w_hh, b_ih, b_hh, rest[-1] if len(rest) % 2 else None))
+    return found
+
+
+def spread(weights: Sequence[Any], D: int) -> list[Any]:
+    """Return the weights of one layer in a flat list, five a direction, with None for the missing."""
+    return [weight for direction in directions(weights, D) for weight in direction]
+
+
+def by_kind(flat: Sequence[Any]) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+    """Return the directions' weights together: w_ih [D*4H, I], b_ih + b_hh [D*4H], w_hh [D, 4H, P], w_hr [D, P, H]."""
+    w_ih, w_hh, b_ih, b_hh, w_hr = (flat[kind::5] for kind in range(5))
+    bias = None if b_ih[0] is None else _cat(b_ih) + _cat(b_hh)
+    return _cat(w_ih), bias, _stack(w_hh), None if w_hr[0] is None else _stack(w_hr)
+
+
+def _cat(tensors: Sequence[Any]) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
+
+
+def _stack(tensors: Sequence[Any]) -> Tensor:
+    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(list(tensors))
+
+
+def _recurrence(name: str, backend: str, c0: Tensor) -> Callable[..., Any]:
+    """Return the function "lstm_forward" or "lstm_backward" that runs the recurrence on c0 [D, B, H]."""
+    if backend == "auto":
+        D, B, H = c0.shape
+        # what is saved is the same whoever runs it, so forward and backward need not choose alike
+        problem = Problem(1, B, H, H, D=D, dtype=c0.dtype, training=True)
+        backend = dispatch.decide_layer(problem, device_of(c0.device))
+    backend, _, layout = backend.partition(" ")
+    if backend != "triton":
+        return getattr(reference, name)
+    from fastlstm.kernels import launch  # imports triton, which a CPU-only install need not have
+
+    return functools.partial(getattr(launch, name), plan=layout or None)
+
+
+@torch.library.custom_op("fastlstm::first_step", mutates_args=())
+def first_step(batch_sizes: Tensor) -> Tensor:
+    """Return zeros [B] for the B of a packed batch: a tracer knows no values, and takes a size for one."""
+    return batch_sizes.new_zeros(int(batch_sizes[0]))
+
+
+@first_step.register_fake
+def _(batch_sizes):
+    return batch_sizes.new_empty(torch.library.get_ctx().new_dynamic_size())
+
+
+@torch.library.custom_op("fastlstm::lstm_forward", mutates_args=())
+def lstm_forward(
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor,
+    weights: Sequence[Tensor],
+    batch_sizes: Tensor | None,
+    save: bool,
+    recompute: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Run one layer: the input GEMM x [N, I] -> [N, D*4H], then `reference.lstm_forward` says what.
+
+    weights are those of each direction in torch's flat order, none of them missing or None. Of what is saved, the
+    gates are left out (of size 0) if `recompute`.
+    """
+    if batch_sizes is not None:
+        checks.check_rows(batch_sizes, len(x), h0.shape[1])
+    w_ih, bias, w_hh, w_hr = by_kind(spread(weights, len(h0)))
+    gates_x = F.linear(x, w_ih, bias)
+    run = _recurrence("lstm_forward", backend, c0)
+    *results, gates, cells = run(gates_x, h0, c0, w_hh, w_hr, batch_sizes, save)
+    return *results, gates.new_empty(0) if recompute else gates, cells
+
+
+@lstm_forward.register_fake
+def _(x, h0, c0, weights, batch_sizes, save, recompute, backend):
+    N = x.shape[0]
+    D, B, P = h0.shape
+    H = c0.shape[2]
+    cells_dtype = reference.accumulation_dtype(x.dtype)
+    return (
+        x.new_empty(N, D * P),
+        x.new_empty(D, B, P),
+        x.new_empty(D, B, H),
+        x.new_empty((N, D * 4 * H) if save and not recompute else 0),
+        x.new_empty((N, D * H) if save else 0, dtype=cells_dtype),
+    )
+
+
+def _save_for_backward(ctx: Any, inputs: tuple, output: tuple) -> None:
+    """Save for backward.
+
+    Beyond the inputs and the output that the caller holds anyway, a row and direction cost 4H activated gates in the
+    input's dtype and H cells in float32: 20H bytes in float32, 12H in float16 and bfloat16 (40H in float64, whose
+    cells are float64). With `recompute` the gates are not kept: 4H bytes (8H in float64).
+    """
+    x, h0, c0, weights, batch_sizes, save, recompute, backend = inputs
+    rows, _, _, gates, cells = output
+    ctx.mark_non_differentiable(gates, cells)
+    ctx.set_materialize_grads(False)  # no zeros in the size of the gates
+    ctx.save_for_backward(x, h0, c0, batch_sizes, rows, gates, cells, *weights)
+    ctx.save, ctx.recompute, ctx.backend = save, recompute, backend
+
+
+def _backward(ctx: Any, *cotangents: Tensor | None) -> tuple:
+    """Return the gradient of each input that needs one."""
+    x, h0, c0, batch_sizes, output, gates, cells, *weights = ctx.saved_tensors
+    d_output, dh_n, dc_n = (
+        torch.zeros_like(form) if cotangent is None else cotangent
+        for cotangent, form in zip(cotangents, (output, h0, c0), strict=False)
+    )
+    flat = spread(weights, len(h0))
+    needs_x, needs_h0, needs_c0, needs_weights, *_ = ctx.needs_input_grad
+    needs = (needs_x, needs_h0, needs_c0, *(bool(need) for need in spread(needs_weights, len(h0))))
+    arguments = ((d_output, dh_n, dc_n), (x, h0, c0, *flat), needs)
+    if torch.is_grad_enabled():
+        gradients = differentiable_backward(*arguments, batch_sizes)
+    else:
+        if not ctx.save:
+            output, _, _, gates, cells = lstm_forward(x, h0, c0, weights, batch_sizes, True, False, ctx.backend)
+        elif ctx.recompute:
+            gates = lstm_gates(x, h0, output, weights, batch_sizes)
+        with autocast.off(x.device):
+            gradients = _gradients(*arguments, (output, gates, cells), batch_sizes, ctx.backend)
+    dx, dh0, dc0, *dflat = gradients
+    dweights = [gradient for gradient, weight in zip(dflat, flat, strict=True) if weight is not None]
+    return dx, dh0, dc0, dweights, None, None, None, None
+
+
+lstm_forward.register_autograd(_backward, setup_context=_save_for_backward)
+
+
+@torch.library.custom_op("fastlstm::lstm_gates", mutates_args=())
+def lstm_gates(x: Tensor, h0: Tensor, output: Tensor, weights: Sequence[Tensor], batch_sizes: Tensor | None) -> Tensor:
+    """Return the activated gates [N, D*4H] of a layer that has run, from its output [N, D*P].
+
+    Every step's h_{t-1} is known, so there is no recurrence: two GEMMs over all rows. Sums are as wide as forward's,
+    so that in 16 bit no gate is more than a unit in the last place off.
+    """
+    D = len(h0)
+    w_ih, bias, w_hh, _ = by_kind(spread(weights, D))
+    gates = F.linear(x, w_ih, bias)
+    most = max(1, _WIDE_ELEMENTS // w_hh.shape[1])  # rows at a time, since wide ones would take what was saved
+    for d, (gates_d, output_d) in enumerate(zip(gates.chunk(D, 1), output.chunk(D, 1), strict=True)):
+        h_previous = reference.previous(output_d, h0[d], batch_sizes, reverse=d == 1)
+        for rows, h in zip(gates_d.split(most), h_previous.split(most), strict=True):
+            wide = reference.accumulation_dtype(h.dtype)
+            if h.is_cuda and h.dtype != wide:
+                sums = torch.mm(h, w_hh[d].t(), out_dtype=wide)
+            else:
+                sums = torch.mm(h.to(wide), w_hh[d].t().to(wide))
+            i, f, g, o = sums.add_(rows).chunk(4, 1)
+            for gate in (i, f, o):
+                gate.sigmoid_()
+            g.tanh_()
+            rows.copy_(sums)
+    return gates
+
+
+def _gradients(
     cotangents: tuple[Tensor, Tensor, Tensor],
     inputs: tuple[Any, ...],
     needs: tuple[bool, ...],
@@ -125,10 +289,10 @@ def _backward(
     needs_x, needs_h0, needs_c0, *needs_flat = needs
     D, B, _ = h0.shape
     H = c0.shape[2]
-    w_ih, _, w_hh, w_hr = _by_kind(flat)
+    w_ih, _, w_hh, w_hr = by_kind(flat)
     dgates, dc0, dh = lstm_backward(*cotangents, gates, cells, c0, w_hh, w_hr, batch_sizes, backend)
 
-    dx = dgates @ w_ih if needs_x else None
+    dx = _times_weight(dgates, w_ih) if needs_x else None
     dh0: list[Tensor] = []
     dflat: list[Tensor | None] = []
     for d, (dgates_d, output_d) in enumerate(zip(dgates.chunk(D, 1), output.chunk(D, 1), strict=True)):
@@ -151,98 +315,6 @@ def _backward(
     return [dx, _stack(dh0) if needs_h0 else None, dc0 if needs_c0 else None, *dflat]
 
 
-def differentiable_backward(
-    cotangents: tuple[Tensor, Tensor, Tensor],
-    inputs: tuple[Any, ...],
-    needs: tuple[bool, ...],
-    batch_sizes: Tensor | None,
-) -> list[Tensor | None]:
-    """Differentiate the differentiable form, so that the gradients can be differentiated again."""
-    # aliases: a path from one input to another outside this layer must not be counted
-    aliases: list[Any] = [None if t is None else t.view_as(t) for t in inputs]
-    x, h0, c0, *flat = aliases
-    outputs = _differentiable(x, h0, c0, flat, batch_sizes)
-    wanted = [alias for alias, needed in zip(aliases, needs, strict=True) if needed and alias is not None]
-    gradients = iter(torch.autograd.grad(outputs, wanted, cotangents, create_graph=True, allow_unused=True))
-    return [next(gradients) if needed else None for needed in needs]
-
-
-def _differentiable(
-    x: Tensor, h0: Tensor, c0: Tensor, flat: Sequence[Tensor | None], batch_sizes: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Run the layer in plain torch ops, with nothing in place."""
-    w_ih, bias, w_hh, w_hr = _by_kind(flat)
-    return reference.lstm_differentiable(F.linear(x, w_ih, bias), h0, c0, w_hh, w_hr, batch_sizes)
-
-
-def _sum_of_outer(rows: Tensor, columns: Tensor) -> Tensor:
-    """Return rows^T columns, [M, K] of [N, M] and [N, K]: the gradient of a weight."""
-    # in this order MKL's float64 GEMM takes two thirds of the time; a gradient is contiguous, as stock's is
-    return (columns.t() @ rows).t().contiguous()
-
-
-def _by_kind(flat: Sequence[Any]) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
-    """Return the directions' weights together: w_ih [D*4H, I], b_ih + b_hh [D*4H], w_hh [D, 4H, P], w_hr [D, P, H]."""
-    w_ih, w_hh, b_ih, b_hh, w_hr = (flat[kind::5] for kind in range(5))
-    bias = None if b_ih[0] is None else _cat(b_ih) + _cat(b_hh)
-    return _cat(w_ih), bias, _stack(w_hh), None if w_hr[0] is None else _stack(w_hr)
-
-
-def _cat(tensors: Sequence[Any]) -> Tensor:
-    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
-
-
-def _stack(tensors: Sequence[Any]) -> Tensor:
-    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(list(tensors))
-
-
-def _implementation(backend: str, c0: Tensor) -> ModuleType:
-    """Return the module whose forward and backward run the recurrence on c0 [D, B, H]."""
-    if backend == "auto":
-        D, B, H = c0.shape
-        # what is saved is the same whoever runs it, so forward and backward need not choose alike
-        problem = Problem(1, B, H, H, D=D, dtype=c0.dtype, training=True)
-        backend = dispatch.decide(problem, device_of(c0.device)).backend
-    if backend != "triton":
-        return reference
-    from fastlstm.kernels import launch  # imports triton, which a CPU-only install need not have
-
-    return launch
-
-
-@torch.library.custom_op("fastlstm::lstm_forward", mutates_args=())
-def lstm_forward(
-    x: Tensor,
-    h0: Tensor,
-    c0: Tensor,
-    w_ih: Tensor,
-    bias: Tensor | None,
-    w_hh: Tensor,
-    w_hr: Tensor | None,
-    batch_sizes: Tensor | None,
-    save: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Run one layer: the input GEMM x [N, I] -> [N, D*4H], then `reference.lstm_forward` says what."""
-    gates_x = F.linear(x, w_ih, bias)
-    return _implementation(backend, c0).lstm_forward(gates_x, h0, c0, w_hh, w_hr, batch_sizes, save)
-
-
-@lstm_forward.register_fake
-def _(x, h0, c0, w_ih, bias, w_hh, w_hr, batch_sizes, save, backend):
-    N = x.shape[0]
-    D, B, P = h0.shape
-    H = c0.shape[2]
-    cells_dtype = reference.accumulation_dtype(x.dtype)
-    return (
-        x.new_empty(N, D * P),
-        x.new_empty(D, B, P),
-        x.new_empty(D, B, H),
-        x.new_empty((N, D * 4 * H) if save else 0),
-        x.new_empty((N, D * H) if save else 0, dtype=cells_dtype),
-    )
-
-
 @torch.library.custom_op("fastlstm::lstm_backward", mutates_args=())
 def lstm_backward(
     d_output: Tensor,
@@ -257,8 +329,13 @@ def lstm_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run the adjoint of the recurrence: `reference.lstm_backward` says what it takes and returns."""
-    implementation = _implementation(backend, c0)
-    return implementation.lstm_backward(d_output, dh_n, dc_n, gates, cells, c0, w_hh, w_hr, batch_sizes)
+    run = _recurrence("lstm_backward", backend, c0)
+    return run(d_output, dh_n, dc_n, gates, cells, c0, w_hh, w_hr, batch_sizes)
+
+
+@lstm_gates.register_fake
+def _(x, h0, output, weights, batch_sizes):
+    return x.new_empty(x.shape[0], len(h0) * weights[0].shape[0])
 
 
 @lstm_backward.register_fake

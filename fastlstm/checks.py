@@ -24,10 +24,19 @@ class Network(Protocol):
     bidirectional: bool
     training: bool
     backend: str
+    recompute: bool
 
     def weights_for_cudnn(self, weights: list[Tensor]) -> list[Tensor]:
         """Return the weights as views of one buffer in cuDNN's layout, for stock's op on CUDA."""
         ...
+
+
+def check_recompute(recompute: bool, backend: str) -> None:
+    """Raise for a backend that saves what it saves."""
+    if recompute and backend == "torch":
+        raise ValueError(
+            "recompute=True needs backend 'auto', 'reference' or 'triton', got 'torch', which is stock's op"
+        )
 
 
 def check_input(network: Network, weights: Sequence[Tensor], data: Tensor, batch_sizes: Tensor | None) -> None:
@@ -83,12 +92,14 @@ def check_states(network: Network, hx: States, B: int, data: Tensor) -> None:
             )
 
 
-def check_rows(data: Tensor, batch_sizes: Tensor) -> None:
-    """Raise for a packed batch whose batch_sizes point outside its rows, as no pack function makes it."""
-    if batch_sizes.sum() != len(data) or (batch_sizes.diff() > 0).any():
+def check_rows(batch_sizes: Tensor, N: int, B: int) -> None:
+    """Raise for batch_sizes that point outside the N rows or the B states of a packed batch."""
+    if batch_sizes.sum() != N or (batch_sizes.diff() > 0).any():  # no pack function makes these
         raise RuntimeError(
-            f"batch_sizes of a packed batch must fall and sum to its {len(data)} rows, got {batch_sizes.tolist()}"
+            f"batch_sizes of a packed batch must fall and sum to its {N} rows, got {batch_sizes.tolist()}"
         )
+    if batch_sizes[0] != B:
+        raise RuntimeError(f"Expected hidden[0] and hidden[1] with a batch of {batch_sizes[0]}, got {B}")
 
 
 def check_alike(data: Tensor, states: Sequence[Tensor], weights: list[Tensor]) -> None:

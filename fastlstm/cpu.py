@@ -145,8 +145,9 @@ class _PackedLayer(torch.autograd.Function):
 
         Beyond the inputs and the output that the caller holds anyway, a row and direction cost what oneDNN's forward
         writes into its workspace, about 24H bytes in float32. Its backward writes several times as much into the
-        same workspace, so each is dropped as soon as it is used, and made again if the graph is walked twice. What
-        was gathered is gathered again.
+        same workspace, so each is dropped as soon as it is used, and made again if the graph is walked twice. The
+        space for that is reserved from the start (64H bytes): torch's profiler counts it, but it is no memory until
+        it is written. What was gathered is gathered again.
         """
         x, h0, c0, batch_sizes, chunks, *flat = inputs
         rows, _, _, *states = output

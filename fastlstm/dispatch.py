@@ -1,21 +1,25 @@
 """Which code runs a call, and why: a pure function of a problem and a device, which need not be there.
 
-`decide` names a backend; `plans.choose` lays out the Triton kernels for it.
+`decide` names a backend; `plans.py` lays out the Triton kernels for it. What `tuning.py` has timed comes in as an
+argument; without it a rule decides, and on a GPU the rule is shy, since it must not lose to cuDNN anywhere.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib.util
+import math
 import os
 from dataclasses import dataclass
 
 import torch
 
-from fastlstm.plans import SHARED_MEMORY, choose
+from fastlstm import plans
 from fastlstm.problem import Device, Problem
 
 BACKENDS = ("auto", "reference", "triton", "torch")
+REGIMES = ("resident", "persistent", "streaming", "stepwise")
+Times = tuple[tuple[str, float], ...]
 
 
 @dataclass(frozen=True)
@@ -25,8 +29,11 @@ class Decision:
     Attributes:
         backend: "torch" (stock's own op), "onednn" (stock's CPU kernel, called per chunk of steps),
             "reference" (plain torch, hand-written backward) or "triton".
-        regime: how the recurrence is run, e.g. "resident", "stepwise", "chunks", "loop", "stock".
+        regime: how the recurrence is run, e.g. "resident", "stepwise", "chunks", "step", "loop", "stock".
         reason: one sentence.
+        times: (candidate, milliseconds) of all that were timed for a problem like this, fastest first; empty where none
+            was. Infinite for one that failed.
+        layout: name of the layout of our kernels that won; empty for the one that `plans.choose` takes.
     """
 
     backend: str
@@ -34,6 +41,13 @@ class Decision:
     reason: str
     problem: Problem
     device: Device
+    times: Times = ()
+    layout: str = ""
+
+    @property
+    def implementation(self) -> str:
+        """The backend as the custom ops take it."""
+        return f"{self.backend} {self.layout}".rstrip()
 
     def __str__(self) -> str:
         p = self.problem
@@ -58,8 +72,14 @@ def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def decide(problem: Problem, device: Device, backend: str = "auto") -> Decision:
+def decide(problem: Problem, device: Device, backend: str = "auto", times: Times = ()) -> Decision:
     """Resolve `backend` ("auto" yields to FASTLSTM_BACKEND) for a problem on a device.
+
+    Args:
+        problem: what is to be run.
+        device: where.
+        backend: one of BACKENDS, or "triton" and, after a space, the name of a layout.
+        times: of each candidate, as `tuning.times` has found them on a GPU; "auto" takes the fastest.
 
     Raises:
         ValueError: `backend`, or FASTLSTM_BACKEND, is not one of BACKENDS.
@@ -76,21 +96,58 @@ input_size=3, hidden_size=4, num_layers=1, directions=1.
         reason = "FASTLSTM_BACKEND asks for it."
         if backend not in BACKENDS:
             raise ValueError(f"FASTLSTM_BACKEND must be one of {', '.join(BACKENDS)}, got {backend!r}")
-    elif backend not in BACKENDS:
+    elif not is_implementation(backend):
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
 
+    if backend == "auto" and device.kind == "cpu":
+        backend, regime, reason = _decide_cpu(problem)
+        return Decision(backend, regime, reason, problem, device)
+    if backend == "auto" and all(ms == math.inf for _, ms in times):
+        backend, regime, reason = _decide_gpu(problem, device)
+        return Decision(backend, regime, reason, problem, device, times)
     if backend == "auto":
-        if device.kind == "cpu":
-            backend, regime, reason = _decide_cpu(problem)
-        else:
-            backend, regime, reason = _decide_gpu(problem, device)
-    elif backend == "triton":
+        backend = min(times, key=lambda pair: pair[1])[0]
+        listed = ", ".join(f"{name} {f'{ms:.3g} ms' if ms < math.inf else 'failed'}" for name, ms in times)
+        reason = f"In trials of calls like this it was the fastest: {listed}."
+
+    backend, _, layout = backend.partition(" ")
+    regime = "stock" if backend == "torch" else "loop"
+    if backend == "triton":
         if obstacle := _obstacle_to_triton(problem, device):
             raise RuntimeError(f"backend='triton' cannot run here: {obstacle}")
-        regime = choose(problem, device, backward=False).regime
-    else:
-        regime = "stock" if backend == "torch" else "loop"
-    return Decision(backend, regime, reason, problem, device)
+        regime = plans.choose(problem, device, layout=layout).regime
+    return Decision(backend, regime, reason, problem, device, times, layout)
+
+
+def is_implementation(text: str) -> bool:
+    """Whether `text` is one of BACKENDS, or "triton" and the name of a layout, e.g. "triton persistent-16"."""
+    backend, _, layout = text.partition(" ")
+    return text in BACKENDS or (backend == "triton" and layout.partition("-")[0] in REGIMES)
+
+
+def has_choice(problem: Problem, device: Device) -> bool:
+    """Whether both stock's op and our kernels can run a problem on a GPU."""
+    known = device.kind in ("cuda", "hip") and device.target in plans.SHARED_MEMORY
+    return known and problem.B > 0 and not _obstacle_to_triton(problem, device)
+
+
+def candidates(problem: Problem, device: Device) -> tuple[str, ...]:
+    """Return what may be the fastest for a problem on a GPU: stock's op, and our kernels in each layout worth a trial.
+
+    The layouts are those of the forward pass; the backward pass takes the most alike.
+    """
+    return ("torch", *(f"triton {plan.name}" for plan in plans.candidates(problem, device)))
+
+
+def decide_layer(problem: Problem, device: Device) -> str:
+    """Return who runs a layer in a compiled graph where "auto" was asked for, when the graph runs.
+
+    Stock's op is no choice there, since it does not yield what is saved, so nothing needs to be timed: of the others,
+    the reference makes ten launches a step where our kernels make one at most.
+    """
+    if os.environ.get("FASTLSTM_BACKEND", "auto") not in ("", "auto"):
+        return decide(problem, device).backend
+    return "triton" if has_choice(problem, device) else "reference"
 
 
 def _obstacle_to_triton(problem: Problem, device: Device) -> str:
@@ -114,10 +171,10 @@ def _decide_gpu(problem: Problem, device: Device) -> tuple[str, str, str]:
     """Return (backend, regime, reason) for "auto" on a device other than the CPU."""
     if obstacle := _obstacle_to_triton(problem, device):
         return "torch", "stock", f"Stock's own op runs, since {obstacle}"
-    if device.target not in SHARED_MEMORY:
+    if device.target not in plans.SHARED_MEMORY:
         return "torch", "stock", f"Stock's own op runs, since no kernel has been compiled for {device.target}."
     passes = (False, True) if problem.training else (False,)
-    if all(choose(problem, device, backward).regime == "resident" for backward in passes):
+    if all(plans.choose(problem, device, backward).regime == "resident" for backward in passes):
         return "triton", "resident", "W_hh fits one program, so the recurrence stays on chip for the whole sequence."
     return "torch", "stock", "Stock's own op runs, since W_hh does not fit one program, and a launch a step loses."
 
@@ -130,6 +187,8 @@ def _decide_cpu(problem: Problem) -> tuple[str, str, str]:
     if _onednn_has(p.dtype):
         # stock, too, sees that a packed batch with one run is dense
         if p.runs <= 1 and not p.P:
+            if p.T == 1 and p.B <= 16 and not p.training:
+                return "torch", "step", "For one step oneDNN's layout of the weights costs more than torch's cell."
             return "torch", "stock", "Stock's own op runs a dense batch in one oneDNN call a layer."
         if not (obstacle := _obstacle_to_chunks(p)):
             return "onednn", "chunks", "Stock would go step by step; chunks of steps run as dense oneDNN layers."

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from torch.nn.utils.rnn import PackedSequence
 
-from fastlstm import autograd, checks, cpu, dispatch
+from fastlstm import autocast, autograd, checks, cpu, dispatch, tuning
 from fastlstm.checks import Network, States
 from fastlstm.problem import Device, Problem, allows_tf32, device_of
 
 # torch._VF looks the op up on every call
 _stock_lstm: Any = torch._VF.lstm  # pyright: ignore[reportAttributeAccessIssue]
+_stock_cell: Any = torch._VF.lstm_cell  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @dataclass
@@ -41,6 +42,7 @@ class Stateless:
     bidirectional: bool
     training: bool
     backend: str
+    recompute: bool = False
 
     def weights_for_cudnn(self, weights: list[Tensor]) -> list[Tensor]:
         """Return copies: the caller's tensors stay where they are."""
@@ -59,6 +61,7 @@ def lstm(
     batch_first: bool = False,
     *,
     backend: str = "auto",
+    recompute: bool = False,
 ) -> tuple[Tensor | PackedSequence, States]:
     """Run an LSTM on weights that the caller holds: `fastlstm.LSTM` without the module.
 
@@ -80,6 +83,7 @@ def lstm(
         bidirectional: whether each layer also runs backwards in time.
         batch_first: whether the batch is the first dimension of input and output (not of hx).
         backend: "auto", "reference", "triton" or "torch", as for `fastlstm.LSTM`.
+        recompute: whether backward makes the activated gates again, likewise.
 
     Returns:
         (output, (h_n, c_n)): output [T, B, D*P] in the form of `input`, h_n and c_n in the shapes of hx.
@@ -101,9 +105,12 @@ def lstm(
     """
     if not 0 <= dropout <= 1:
         raise ValueError(f"dropout should be a number in range [0, 1], got {dropout}")
+    checks.check_recompute(recompute, backend)
     weights = list(params)
     I, H, P = checks.sizes_of(weights, has_biases, num_layers, bidirectional)  # noqa: E741
-    network = Stateless(I, H, P, num_layers, has_biases, batch_first, dropout, bidirectional, bool(train), backend)
+    network = Stateless(
+        I, H, P, num_layers, has_biases, batch_first, dropout, bidirectional, bool(train), backend, recompute
+    )
     return forward(network, weights, input, hx)
 
 
@@ -112,10 +119,12 @@ def forward(
 ) -> tuple[Any, States]:
     """Run `network` with `weights` (torch's flat order) over any form of input: what `nn.LSTM.forward` does."""
     data, batch_sizes, states, decision = prepare(network, weights, input, hx)
-    if decision.backend == "torch":
+    if decision.regime == "step":
+        output, h_n, c_n = _run_step(network, weights, data, states)
+    elif decision.backend == "torch":
         output, h_n, c_n = _run_stock(network, weights, data, batch_sizes, states, decision.problem.training)
     else:
-        output, h_n, c_n = _run_layers(network, weights, data, batch_sizes, states, decision.backend)
+        output, h_n, c_n = _run_layers(network, weights, data, batch_sizes, states, decision.implementation)
 
     if isinstance(input, PackedSequence):
         _, batch_sizes, sorted_indices, unsorted_indices = input
@@ -139,9 +148,8 @@ def prepare(
     """
     if isinstance(input, PackedSequence):
         data, batch_sizes, order, _ = input
-        T, B = len(batch_sizes), int(batch_sizes[0])
-        runs = len(batch_sizes.unique_consecutive())
         checks.check_input(network, weights, data, batch_sizes)
+        T, B, runs = batch_sizes.size(0), *_rows_and_runs(batch_sizes, order, hx)
     else:
         dims = input.dim()
         if dims != 3 and dims != 2:
@@ -164,6 +172,19 @@ def prepare(
         checks.check_states(network, hx, B, data)
         states = permute(hx, order)
     return data, batch_sizes, states, _decide(network, weights, data, states, T, B, runs)
+
+
+def _rows_and_runs(batch_sizes: Tensor, order: Tensor | None, hx: States | None) -> tuple[int, int]:
+    """Return B, and the number of runs of steps with equal batch size, of a packed batch."""
+    if not torch.compiler.is_compiling():
+        return int(batch_sizes[0]), len(batch_sizes.unique_consecutive())
+    # a tracer knows no values, but sizes that must agree with them; that they do, the op checks when it runs
+    if order is not None:
+        return order.size(0), 1
+    if hx is not None:
+        checks.check_pair(hx, "lstm")
+        return hx[0].size(1), 1
+    return autograd.first_step(batch_sizes).size(0), 1
 
 
 def permute(hx: States, order: Tensor | None) -> States:
@@ -218,30 +239,84 @@ def _decide(
         # one opaque op a layer, which chooses when it runs: no loop is unrolled, and nothing makes a guard on T or B
         chosen = "reference" if backend == "torch" else backend
         return dispatch.Decision(chosen, "compiled", "torch.compile is tracing.", problem, device)
+    if network.recompute and training and backend == "auto":
+        problem = Problem(*sizes, D, data.dtype, training, runs)
+        device = device_of(data.device)
+        decision = dispatch.decide(problem, device, dispatch.decide_layer(problem, device))
+        return replace(decision, reason="It can recompute its gates, which stock's op cannot.")
     override = os.environ.get("FASTLSTM_BACKEND") if backend == "auto" else None
-    dtype = _autocast_dtype(data)
-    autocast = dtype is not None
+    dtype = autocast.dtype_for(data)
     tf32 = data.is_cuda and allows_tf32()
-    return _decision(backend, override, autocast, data.device, *sizes, D, dtype or data.dtype, training, runs, tf32)
+    problem = (*sizes, D, dtype or data.dtype, training, runs, tf32)
+    device = device_of(data.device)
+    times: dispatch.Times = ()
+    if backend == "auto" and override in (None, "", "auto") and device.kind != "cpu":
+        times = tuning.times(Problem(*problem), device, data.device, trial)
+        device = device_of(data.device)  # a trial may have found that it has fewer processors for us
+    return _decision(backend, override, dtype is not None, device, times, *problem)
 
 
 @functools.lru_cache(maxsize=4096)
 def _decision(
-    backend: str, override: str | None, autocast: bool, device: torch.device, *problem: Any
+    backend: str, override: str | None, lowered: bool, device: Device, times: dispatch.Times, *problem: Any
 ) -> dispatch.Decision:
     """Decide once for each kind of call; `override` is FASTLSTM_BACKEND, which `decide` reads itself."""
-    decision = dispatch.decide(Problem(*problem), device_of(device), backend)
-    if autocast and device.type == "cpu" and backend == "auto" and not override:
-        reason = "Under autocast on a CPU, stock's own op settles which results are in which dtype."
-        return replace(decision, backend="torch", regime="stock", reason=reason)
+    decision = dispatch.decide(Problem(*problem), device, backend, times)
+    p = decision.problem
+    on_cpu = lowered and device.kind == "cpu" and backend == "auto" and not override
+    if on_cpu and decision.regime == "step":  # the cell is another op to autocast
+        return replace(decision, regime="stock", reason="Stock's own op runs under autocast.")
+    if on_cpu and decision.backend == "torch" and p.dtype == torch.float16 and not p.runs and not p.P:
+        reason = "Under autocast to float16 stock asks oneDNN for a kernel that it does not have."
+        return replace(decision, backend="reference", regime="loop", reason=reason)
     return decision
 
 
-def _autocast_dtype(data: Tensor) -> torch.dtype | None:
-    """Return the dtype that autocast asks for on the device of `data`, or None; it leaves float64 alone."""
-    if not torch._C._is_any_autocast_enabled() or not torch.is_autocast_enabled(data.device.type):
-        return None
-    return None if data.dtype == torch.float64 else torch.get_autocast_dtype(data.device.type)
+class _Flat(Stateless):
+    """A network whose weights are in cuDNN's buffer already."""
+
+    def weights_for_cudnn(self, weights: list[Tensor]) -> list[Tensor]:
+        """Return them as they are."""
+        return weights
+
+
+def trial(problem: Problem, device: torch.device, backend: str) -> Callable[[], list[Tensor]]:
+    """Return a run of a problem on made-up data: forward and, if it trains, backward, to all results and gradients.
+
+    The data are the same each time. Nothing of the caller's is touched, random numbers included.
+    """
+    p = problem
+    width = p.P or p.H
+    shapes = []
+    for layer in range(p.L):
+        rows = [(4 * p.H, p.D * width if layer else p.I), (4 * p.H, width), (4 * p.H,), (4 * p.H,)]
+        shapes += (rows + ([(p.P, p.H)] if p.P else [])) * p.D
+    generator = torch.Generator(device).manual_seed(0)
+
+    def uniform(bound: float, *shape: int) -> Tensor:
+        values = torch.empty(shape, dtype=p.dtype, device=device).uniform_(-bound, bound, generator=generator)
+        return values.requires_grad_(p.training)
+
+    weights = [uniform(p.H**-0.5, *shape) for shape in shapes]  # as nn.LSTM has them at first
+    network = _Flat(p.I, p.H, p.P, p.L, True, False, 0.0, p.D == 2, p.training, backend)
+    flatten(network, weights)
+    if p.runs:  # half of the rows' lengths lie between T/2 and T
+        batch_sizes = torch.tensor([max(1, min(p.B, 2 * p.B * (p.T - t) // p.T)) for t in range(p.T)])
+        data = uniform(1, int(batch_sizes.sum()), p.I)
+        input = PackedSequence(data, batch_sizes)
+    else:
+        input = data = uniform(1, p.T, p.B, p.I)
+
+    def run() -> list[Tensor]:
+        with torch.set_grad_enabled(p.training):
+            output, states = forward(network, weights, input, None)
+            rows = output.data if isinstance(output, PackedSequence) else output
+            results = [rows, *states]
+            if p.training:
+                results += torch.autograd.grad(rows, [data, *weights], torch.ones_like(rows))
+        return [result.detach() for result in results]
+
+    return run
 
 
 def _run_stock(
@@ -266,6 +341,23 @@ def _run_stock(
     return _stock_lstm(data, batch_sizes, states, weights, *flags)
 
 
+def _run_step(network: Network, weights: list[Tensor], data: Tensor, states: States) -> tuple[Tensor, Tensor, Tensor]:
+    """Run one time step, without a projection, by torch's cell: a direction is no more than a set of weights."""
+    checks.check_alike(data, states, weights)
+    h0, c0 = states
+    D = 2 if network.bidirectional else 1
+    rows = data.flatten(0, -2)
+    stepped: list[States] = []
+    for k, (w_ih, w_hh, b_ih, b_hh, _) in enumerate(autograd.directions(weights, network.num_layers * D)):
+        stepped.append(_stock_cell(rows, (h0[k], c0[k]), w_ih, w_hh, b_ih, b_hh))
+        if (k + 1) % D == 0:
+            rows = torch.cat([h for h, _ in stepped[-D:]], 1)
+            if network.dropout and network.training and k + 1 < len(h0):
+                rows = F.dropout(rows, network.dropout)
+    h_n, c_n = (torch.stack(states) for states in zip(*stepped, strict=True))
+    return rows.view(*data.shape[:-1], -1), h_n, c_n
+
+
 def _run_layers(
     network: Network,
     weights: list[Tensor],
@@ -275,17 +367,20 @@ def _run_layers(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run layer after layer over rows, with dropout between them."""
-    if (dtype := _autocast_dtype(data)) is not None:
-        weights = [w.to(dtype) for w in weights]
-        states = (states[0].to(dtype), states[1].to(dtype))
-        with torch.autocast(data.device.type, enabled=False):
-            return _run_layers(network, weights, data.to(dtype), batch_sizes, states, backend)
+    if (dtype := autocast.dtype_for(data)) is not None:
+        lowered = [autocast.cast(weight, dtype) for weight in weights], data.to(dtype)
+        low_states = states[0].to(dtype), states[1].to(dtype)
+        with autocast.off(data.device):
+            output, h_n, c_n = _run_layers(network, *lowered, batch_sizes, low_states, backend)
+        projected = network.proj_size > 0
+        dtype, cell = autocast.result_dtypes(data, states[1], batch_sizes is not None, projected, dtype)
+        return output.to(dtype), h_n.to(dtype), c_n.to(cell)
     checks.check_alike(data, states, weights)
-    if batch_sizes is not None:
-        checks.check_rows(data, batch_sizes)
+    if backend == "onednn" and batch_sizes is not None:  # the ops check for themselves
+        checks.check_rows(batch_sizes, len(data), states[0].size(1))
     h0, c0 = states
     L, D = network.num_layers, 2 if network.bidirectional else 1
-    directions = [_direction(group) for group in checks.groups(weights, L * D)]
+    directions = autograd.directions(weights, L * D)
     dense = batch_sizes is None
     time_first = data.transpose(0, 1) if dense and network.batch_first else data
     rows = time_first.flatten(0, 1) if dense else data
@@ -297,7 +392,7 @@ def _run_layers(
         if backend == "onednn":
             rows, *last = cpu.lstm_layer(*arguments, batch_sizes)
         else:
-            rows, *last = autograd.lstm_layer(*arguments, batch_sizes, backend)
+            rows, *last = autograd.lstm_layer(*arguments, batch_sizes, backend, network.recompute)
         last_states.append(last)
         if network.dropout and network.training and first + D < L * D:
             rows = F.dropout(rows, network.dropout)
@@ -306,11 +401,3 @@ def _run_layers(
         return rows, h_n, c_n
     output = rows.unflatten(0, time_first.shape[:2])
     return output.transpose(0, 1) if network.batch_first else output, h_n, c_n
-
-
-def _direction(group: Sequence[Tensor]) -> autograd.DirectionWeights:
-    """Return the weights of one direction as `lstm_layer` takes them, None for those that are missing."""
-    w_ih, w_hh, *rest = group
-    b_ih, b_hh = rest[:2] if len(rest) >= 2 else (None, None)
-    w_hr = rest[-1] if len(rest) % 2 else None
-    return w_ih, w_hh, b_ih, b_hh, w_hr

@@ -6,9 +6,8 @@ of time for the target (`python -m fastlstm.kernels.targets`); a plan that spill
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -21,16 +20,20 @@ class Plan:
 
     Attributes:
         regime: "resident" (W_hh stays inside one program for all T), "persistent" (W_hh stays on the chip, spread over
-            programs that meet once a step) or "stepwise" (one launch a step).
+            programs that meet once a step), "streaming" (the same, but a part of W_hh is read from L2 each step) or
+            "stepwise" (one launch a step).
         BLOCK_H: hidden units of one program, a power of two (resident: H rounded up).
         BLOCK_B: batch rows of one program, a power of two.
         BLOCK_K: length of one chunk of the dot's inner dimension (resident: BLOCK_H).
         num_warps: warps of one program.
         num_stages: depth of the compiler's software pipeline over chunks.
-        TAIL_K: length of the last chunk (persistent, as all that follow).
-        KEPT: chunks of W_hh that stay on the chip; the others would be read each step.
+        TAIL_K: length of the chunks after the first KEPT (persistent and streaming, as all that follow): one, which
+            stays on the chip as well, or, streaming, as many as it takes, read each step.
+        KEPT: chunks of BLOCK_K columns of W_hh that stay on the chip.
         AHEAD: chunks of h on their way at once (forward).
         SPLIT: warps among which each chunk is dealt out (forward).
+        groups: groups of programs (a tile of rows of one direction) that the device holds at once; the others follow
+            in further launches. 0 for no bound.
     """
 
     regime: str
@@ -43,6 +46,17 @@ class Plan:
     KEPT: int = 0
     AHEAD: int = 0
     SPLIT: int = 1
+    groups: int = 0
+
+    @property
+    def name(self) -> str:
+        """What tells one layer's candidates apart."""
+        return f"{self.regime}-{self.BLOCK_B}"
+
+    @property
+    def kernel(self) -> str:
+        """The kernels that run it: those of "persistent" run "streaming", too."""
+        return "persistent" if self.regime == "streaming" else self.regime
 
 
 # bytes of shared memory (LDS) that one program can have, for every target whose plans were compiled
@@ -66,15 +80,32 @@ _FORWARD_WARPS = {2: {16: 2, 32: 4, 64: 8, 128: 16}, 4: {16: 4, 32: 4, 64: 8}}  
 _BACKWARD_WARPS = {16: 2, 32: 4, 64: 4, 128: 8}
 
 
-def choose(problem: Problem, device: Device, backward: bool = False) -> Plan:
-    """Lay out the Triton kernels of one layer. T does not matter, and B only to the nearest tile.
+def choose(problem: Problem, device: Device, backward: bool = False, layout: str = "") -> Plan:
+    """Lay out the Triton kernels of one layer: the first of `candidates`.
 
-    A target that is not in `SHARED_MEMORY` gets plans that need little.
+    `layout` names another, which has won in trials; where it is no candidate, as it need not be for every B or both
+    passes, the first of its regime is taken, or else the first.
 
     Example:
         >>> plan = choose(Problem(T=100, B=16, I=64, H=64, dtype=torch.bfloat16), Device("cuda", "sm_90"))
         >>> plan.regime, plan.BLOCK_H, plan.BLOCK_B, plan.num_warps
         ('resident', 64, 8, 8)
+    """
+    found = candidates(problem, device, backward)
+    alike = [plan for plan in found if plan.regime == layout.partition("-")[0]]
+    return next((plan for plan in alike if plan.name == layout), (alike or found)[0])
+
+
+def candidates(problem: Problem, device: Device, backward: bool = False) -> list[Plan]:
+    """Return every plan worth a trial for one layer, the best guess first; never empty.
+
+    T does not matter, and B only to the nearest tile. A target that is not in `SHARED_MEMORY` gets plans that need
+    little.
+
+    Example:
+        >>> H100 = Device("cuda", "sm_90", processors=132)
+        >>> [plan.regime for plan in candidates(Problem(T=100, B=64, I=64, H=2048, dtype=torch.bfloat16), H100)]
+        ['streaming', 'streaming', 'stepwise']
     """
     vendor = "hip" if device.kind == "hip" else "cuda"
     itemsize = problem.dtype.itemsize
@@ -84,66 +115,88 @@ def choose(problem: Problem, device: Device, backward: bool = False) -> Plan:
     shared = 4 * BLOCK_H * BLOCK_H * itemsize * (4 if vendor == "hip" else 5) // 4
     if BLOCK_H in warps and shared <= SHARED_MEMORY.get(device.target, 64 * 1024):
         # the matrix units' narrowest tile: the fewer rows a program has, the sooner a step is done
-        return Plan("resident", BLOCK_H, 16 if vendor == "hip" else 8, BLOCK_H, warps[BLOCK_H])
-    if plan := _choose_persistent(problem, device, backward):
-        return plan
+        return [Plan("resident", BLOCK_H, 16 if vendor == "hip" else 8, BLOCK_H, warps[BLOCK_H])]
     BLOCK_B = 16 if problem.B <= 16 else 64 if vendor == "cuda" else 32
-    return Plan("stepwise", 16, BLOCK_B, 128 // itemsize, 4, 3 if vendor == "cuda" else 2)
+    stepwise = Plan("stepwise", 16, BLOCK_B, 128 // itemsize, 4, 3 if vendor == "cuda" else 2)
+    found = []
+    for BLOCK_B, cost in ((16, 1.0), (32, 1.25)):  # about what a step costs
+        plan = _persistent(problem, device, backward, BLOCK_B)
+        if plan and (BLOCK_B == 16 or problem.B > 16):
+            launches = -(-problem.D * -(-problem.B // BLOCK_B) // plan.groups)
+            found.append((launches * cost, plan))
+    found.sort(key=lambda entry: entry[0])
+    plans = [plan for _, plan in found]
+    # a guess: with so many launches in turn, one large GEMM a step is no slower
+    return [*plans, stepwise] if found and found[0][0] <= 8 else [stepwise, *plans]
 
 
-# largest H of a persistent plan by target and bytes of an element, found by compiling: beyond it a program spills or
-# does not fit. No AMD target: whether a block barrier there waits for the other waves' stores is not settled.
+# largest H by target and bytes of an element of which a chip holds all of W_hh, found by compiling: for tiles of 16
+# rows and of 32
 _LARGEST_PERSISTENT = {
-    "sm_80": {2: 1024, 4: 864},
-    "sm_86": {2: 512, 4: 512},
-    "sm_90": {2: 1536, 4: 1024},
-    "sm_100": {2: 1024, 4: 1024},
-    "sm_120": {2: 512, 4: 512},
+    "sm_80": {2: (1024, 1024), 4: (864, 0)},
+    "sm_86": {2: (512, 0), 4: (512, 0)},
+    "sm_89": {2: (512, 0), 4: (512, 0)},
+    "sm_90": {2: (1536, 1024), 4: (1024, 1024)},
+    "sm_100": {2: (1024, 1024), 4: (1024, 0)},
+    "sm_120": {2: (512, 0), 4: (512, 0)},
+    "gfx942": {2: (1024, 0), 4: (512, 0)},
+    "gfx950": {2: (1024, 0), 4: (512, 0)},
 }
+# beyond it, what stays: (chunk, chunks kept, columns read at a time) forward and backward, found likewise, by KB of
+# shared memory, bytes of an element and rows of a tile
+_STREAMING = {
+    (227, 2, 16): ((512, 3, 128), (512, 3, 256)),
+    (227, 2, 32): ((512, 2, 128), (256, 6, 128)),
+    (227, 4, 16): ((256, 3, 128), (256, 2, 128)),
+    (163, 2, 16): ((512, 2, 128), (512, 2, 128)),
+    (163, 2, 32): ((256, 3, 128), (256, 3, 128)),
+    (163, 4, 16): ((256, 2, 128), (128, 4, 128)),
+    (99, 2, 16): ((256, 2, 128), (128, 4, 128)),
+    (99, 4, 16): ((128, 2, 128), (128, 2, 64)),
+}
+_LARGEST_STREAMING = 2048
 
 
-def _choose_persistent(problem: Problem, device: Device, backward: bool) -> Plan | None:
-    """Return a plan whose programs are all on the chip at once, each alone on its processor, or None."""
-    itemsize, H = problem.dtype.itemsize, problem.H
-    if _LARGEST_PERSISTENT.get(device.target, {}).get(itemsize, 0) < H:
-        return None
-    if itemsize == 4 and not problem.tf32:
+def _persistent(problem: Problem, device: Device, backward: bool, BLOCK_B: int) -> Plan | None:
+    """Return a plan for tiles of BLOCK_B rows whose programs meet once a step, each alone on its processor, or None."""
+    itemsize, H, target = problem.dtype.itemsize, problem.H, device.target
+    if itemsize == 4 and device.kind == "cuda" and not problem.tf32:
         return None  # no matrix unit of NVIDIA's multiplies float32, and W_hh spills as an operand of plain FMAs
-    if H > 768 and H * itemsize % 8:
-        return None  # rows that are read in smaller pieces need too many registers for their addresses
-    little = SHARED_MEMORY[device.target] < 128 * 1024
-    BLOCK_H = 8 if itemsize == 4 and (H > 512 or little) else 16
-    for BLOCK_B in (16, 32):
-        if device.processors >= -(-H // BLOCK_H) * -(-problem.B // BLOCK_B) * problem.D:
-            layout = _persistent_layout(H, BLOCK_B > 16, itemsize, device.target, little, backward)
-            if layout is None:
-                return None
-            largest, SPLIT, ahead, num_warps = layout
-            # a dot takes 16 or more along K from each of SPLIT warps, and wgmma 64 rows, which backward are units
-            BLOCK_K, TAIL_K = _chunks(H, largest, 16 * SPLIT if SPLIT > 1 else 64)
-            KEPT = -(-(H - TAIL_K) // BLOCK_K) + 1
-            return Plan("persistent", BLOCK_H, BLOCK_B, BLOCK_K, num_warps, 1, TAIL_K, KEPT, min(ahead, KEPT), SPLIT)
-    return None
-
-
-def _persistent_layout(
-    H: int, wide: bool, itemsize: int, target: str, little: bool, backward: bool
-) -> tuple[int, int, int, int] | None:
-    """Return (longest chunk, SPLIT, AHEAD, warps) as found by compiling, or None where all that was tried spills."""
-    if target == "sm_90" and H > 1024:  # W_hh in shared memory, for wgmma
-        if wide:
-            return None
-        if backward:
-            return 1024, 1, 8, 8
-        return (1024, 1, 1, 4) if H * itemsize % 16 == 0 else (512, 1, 2, 4)
-    if target == "sm_90":
-        wgmma = backward or (wide and H & (H - 1) == 0 and (H <= 512 or itemsize == 2))
-        return 1024, 1 if wgmma else 8, 8, 8
-    aligned = H * itemsize % 16 == 0
-    if (wide and (little or itemsize == 4 or not aligned)) or (little and not aligned):
+    largest = _LARGEST_PERSISTENT.get(target, {}).get(itemsize, (0, 0))[BLOCK_B > 16]
+    shared = SHARED_MEMORY.get(target, 0) // 1024
+    BLOCK_H = 8 if itemsize == 4 and device.kind == "cuda" and (shared < 128 or H > 512) and largest >= H else 16
+    groups = device.processors // -(-H // BLOCK_H)
+    if not groups or not largest or H > _LARGEST_STREAMING:
         return None
-    if target == "sm_100":
-        return 1024, 1 if backward else 8, 8, 8
+    if largest < H:
+        # wide tiles leave no registers for the addresses of rows of gates that are not aligned
+        spills = (BLOCK_B > 16 and H * itemsize % 16) or (target, itemsize) == ("sm_120", 4)
+        if spills or (shared, itemsize, BLOCK_B) not in _STREAMING:
+            return None
+        BLOCK_K, KEPT, TAIL_K = _STREAMING[shared, itemsize, BLOCK_B][backward]
+        KEPT = min(KEPT, (H - 1) // BLOCK_K)
+        return Plan("streaming", BLOCK_H, BLOCK_B, BLOCK_K, 8, 1, TAIL_K, KEPT, 1, 1 if backward else 8, groups)
+    longest, SPLIT, ahead, num_warps = _persistent_layout(H, BLOCK_B > 16, itemsize, target, backward)
+    BLOCK_K, TAIL_K = _chunks(H, longest)
+    KEPT = -(-(H - TAIL_K) // BLOCK_K)
+    AHEAD = min(ahead, KEPT + 1)
+    return Plan("persistent", BLOCK_H, BLOCK_B, BLOCK_K, num_warps, 1, TAIL_K, KEPT, AHEAD, SPLIT, groups)
+
+
+def _persistent_layout(H: int, wide: bool, itemsize: int, target: str, backward: bool) -> tuple[int, int, int, int]:
+    """Return (longest chunk, SPLIT, AHEAD, warps) as found by compiling."""
+    ragged = H * itemsize % 16 > 0  # rows of gates are read in smaller pieces, each with an address in registers
+    if target.startswith("gfx"):  # W_hh in registers
+        longest = 256 if itemsize == 2 else 128
+        return (longest, 1, 8, 8 if itemsize == 2 else 4) if backward else (longest, 1, 1, 4)
+    if target in ("sm_90", "sm_100"):
+        if backward:
+            return 512 if wide and ragged and H > 768 else 1024, 1, 8, 8
+        # of several chunks each would cost wgmma a fence
+        whole = _chunks(H, 1024)[0] >= H and not ragged and (H <= 512 or itemsize == 2)
+        if target == "sm_90" and wide and whole:
+            return 1024, 1, 8, 8
+        return 1024 if wide else 512, 8, 8 if H <= 1024 else 1, 8
     if backward:
         return 128 if H <= 512 else 256, 1, 8, 8
     if wide and H > 768:
@@ -151,34 +204,33 @@ def _persistent_layout(
     return 1024, 8, 8, 8
 
 
-def _chunks(H: int, largest: int, smallest: int) -> tuple[int, int]:
+def _chunks(H: int, longest: int) -> tuple[int, int]:
     """Cover H by powers of two, so that no size pays for the next one: (all chunks but the last, the last)."""
-    full = max(smallest, 1 << (H - 1).bit_length())
-    if full > largest:
-        full = 2 * largest
+    shortest = 128  # 16 along K for each of 8 warps; and wgmma takes 64 rows, which backward are units
+    full = max(shortest, 1 << (H - 1).bit_length())
+    if full > longest:
+        full = 2 * longest
     BLOCK_K = full // 2
     rest = H - (H - 1) // BLOCK_K * BLOCK_K
-    TAIL_K = max(smallest, 1 << (rest - 1).bit_length())
-    return (BLOCK_K, TAIL_K) if TAIL_K < BLOCK_K or full > largest else (full, full)
+    TAIL_K = max(shortest, 1 << (rest - 1).bit_length())
+    return (BLOCK_K, TAIL_K) if TAIL_K < BLOCK_K or full > longest else (full, full)
 
 
 def every_plan(dtype: torch.dtype, target: str, tf32: bool = True) -> Iterator[tuple[int, bool, Plan]]:
-    """Yield (H, backward, plan) for every plan that `choose` can return for a dtype on a target.
+    """Yield (H, backward, plan) for every plan that `candidates` can return for a dtype on a target, but for `groups`.
 
-    H is the largest that the plan serves (for stepwise plans, which serve any, 4096); for persistent plans, whose loads
-    depend on it, the largest of each alignment of the rows of W_hh.
+    H is the largest that the plan serves (for stepwise plans, which serve any, 4096); for persistent plans the largest
+    even and the largest odd one, whose rows of gates are not aligned.
     """
     kind = "hip" if target.startswith("gfx") else "cuda"
+    device = Device(kind, target, processors=1024)
     found = {}
-    for H in (*range(1, 1537), 4096):
-        for B in (16, 32, 1024):
-            # with so many processors, that many rows need tiles of just that size
-            for processors in (-(-H // 16), -(-H // 8)):
-                device = Device(kind, target, processors=processors)
-                for backward in (False, True):
-                    plan = choose(Problem(1, B, H, H, dtype=dtype, tf32=tf32), device, backward)
-                    alignment = math.gcd(H * dtype.itemsize, 16) if plan.regime == "persistent" else 16
-                    found[plan, backward, alignment] = H
+    for H in (*range(1, _LARGEST_STREAMING + 1), 4096):
+        for B in (16, 1024):
+            for backward in (False, True):
+                for plan in candidates(Problem(1, B, H, H, dtype=dtype, tf32=tf32), device, backward):
+                    odd = plan.kernel == "persistent" and H % 2 == 1
+                    found[replace(plan, groups=0), backward, odd] = H
     yield from ((H, backward, plan) for (plan, backward, _), H in found.items())
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import functools
+import dataclasses
+import os
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -72,17 +74,50 @@ def device_of(device: torch.device) -> Device:
         return _CPU
     if device.type != "cuda":
         return Device(device.type, device.type)
-    return _gpu(torch.cuda.current_device() if device.index is None else device.index)
+    index = torch.cuda.current_device() if device.index is None else device.index
+    if index not in _gpus:
+        _gpus[index] = _gpu(index)
+    return _gpus[index]
+
+
+def limit_processors(device: torch.device, most: int) -> None:
+    """Have `device_of` tell of so many processors at most from now on, since the driver refused a grid of more.
+
+    A process that got a share of a card is not always told how large it is. The first limit of a card is a warning.
+    """
+    found = device_of(device)
+    limited = dataclasses.replace(found, processors=most)
+    _gpus.update({index: limited for index, gpu in _gpus.items() if gpu == found})
+    first = found not in _limited
+    _limited.add(limited)
+    if first:
+        warnings.warn(
+            f"{found.name} has {found.processors} processors and cannot hold {most + 1} programs at once: this process "
+            "may have a share of it only. From now on LSTMs are laid out in fewer programs, which is slower.",
+            stacklevel=2,
+        )
 
 
 _CPU = Device("cpu", "cpu", "CPU")
+_gpus: dict[int, Device] = {}
+_limited: set[Device] = set()
 
 
-@functools.cache
 def _gpu(index: int) -> Device:
     properties = torch.cuda.get_device_properties(index)
+    processors = properties.multi_processor_count  # under MIG that of the instance
     if torch.version.hip:
         # "gfx942:sramecc+:xnack-": the features after the colon do not change a plan
-        return Device("hip", properties.gcnArchName.split(":")[0], properties.name, properties.multi_processor_count)
-    target = f"sm_{properties.major}{properties.minor}"
-    return Device("cuda", target, properties.name, properties.multi_processor_count)
+        return Device("hip", properties.gcnArchName.split(":")[0], properties.name, processors)
+    return Device(
+        "cuda", f"sm_{properties.major}{properties.minor}", properties.name, int(processors * _share_under_mps())
+    )
+
+
+def _share_under_mps() -> float:
+    """Return the share of its processors that CUDA's multi-process service lets this process use."""
+    try:
+        percentage = float(os.environ.get("CUDA_MPS_ACTIVE_THREAD_PERCENTAGE", "100"))
+    except ValueError:
+        return 1.0
+    return min(max(percentage / 100, 0.0), 1.0)

@@ -21,10 +21,12 @@ float16, projection): one loop, no graph. It is the wrong tool for dense float32
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
+
+# a gradient times y (1 - y), or 1 - y^2, in one pass
+_sigmoid_backward = torch.ops.aten.sigmoid_backward.grad_input
+_tanh_backward = torch.ops.aten.tanh_backward.grad_input
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -64,37 +66,40 @@ def lstm_forward(
     sizes = _sizes(gates_x, B, batch_sizes)
     gates = gates_x.to(dtype)
 
-    output = h0.new_empty(N, D * P)
+    output = gates.new_empty(N, D * P)
     cells = gates.new_empty((N, D * H) if save else 0)
     h_n, c_n = (state.to(dtype, copy=True, memory_format=torch.contiguous_format) for state in (h0, c0))
-    m_buffer = gates.new_empty(B, H)
 
     for d in range(D):
         w_hh_t = w_hh[d].to(dtype).t()
         w_hr_t = None if w_hr is None else w_hr[d].to(dtype).t()
-        gates_steps = _steps(gates, d, 4 * H, sizes)
-        output_steps = _steps(output, d, P, sizes)
-        cells_steps = _steps(cells, d, H, sizes) if save else ()
-        h, c, m = h_n[d], c_n[d], m_buffer
+        gates_d = gates[:, d * 4 * H : (d + 1) * 4 * H]
+        # views of each step, all made at once: in the loop they would cost as much as the arithmetic
+        parts = (gates_d, gates_d[:, : 2 * H], *gates_d.chunk(4, 1), output[:, d * P : (d + 1) * P])
+        steps = list(zip(*(part.split(sizes) for part in parts), strict=True))
+        cells_steps = cells[:, d * H : (d + 1) * H].split(sizes) if save else ()
+        h, c = h_n[d], c_n[d]
         for t in _order(len(sizes), d):
-            n = sizes[t]
-            if n != len(h):
-                h, c, m = h_n[d, :n], c_n[d, :n], m_buffer[:n]
+            gates_t, i_f, i, f, g, o, h_t = steps[t]
+            n = len(h_t)
+            if n < len(h):  # rows have ended, or have not begun
+                h_n[d, n : len(h)], c_n[d, n : len(h)] = h[n:], c[n:]
+                h, c = h[:n], c[:n]
+            elif n > len(h):  # rows begin, only where time runs backwards
+                h, c = torch.cat((h, h_n[d, len(h) : n])), torch.cat((c, c_n[d, len(c) : n]))
 
-            i_f, g, o = gates_steps[t].addmm_(h, w_hh_t).split((2 * H, H, H), 1)
-            i, f = i_f.sigmoid_().chunk(2, 1)
-            c.mul_(f).addcmul_(i, g.tanh_())
-            torch.tanh(c, out=m)
+            gates_t.addmm_(h, w_hh_t)
+            i_f.sigmoid_()
+            c = torch.mul(c, f, out=cells_steps[t] if save else c).addcmul_(i, g.tanh_())
 
             if w_hr_t is None:
-                torch.mul(o.sigmoid_(), m, out=h)
+                h = torch.tanh(c, out=h_t).mul_(o.sigmoid_())
             else:
-                torch.mm(m.mul_(o.sigmoid_()), w_hr_t, out=h)
-            output_steps[t].copy_(h)
-            if save:
-                cells_steps[t].copy_(c)
+                h = torch.mm(c.tanh().mul_(o.sigmoid_()), w_hr_t, out=h_t)
+        h_n[d, : len(h)], c_n[d, : len(c)] = h, c
     gates = gates_x.copy_(gates) if save else gates_x.new_empty(0)  # a copy onto itself costs nothing
-    return output, h_n.to(h0.dtype), c_n.to(h0.dtype), gates, cells
+    output, h_n, c_n = (value.to(h0.dtype) for value in (output, h_n, c_n))
+    return output, h_n, c_n, gates, cells
 
 
 def lstm_backward(
@@ -134,47 +139,57 @@ def lstm_backward(
     sizes = _sizes(gates, B, batch_sizes)
     dgates = gates.new_empty(gates.shape, dtype=dtype)
     dh_rows = d_output.new_empty(0 if w_hr is None else d_output.shape)
-    dh_n, dc_n = (state.to(dtype, copy=True, memory_format=torch.contiguous_format) for state in (dh_n, dc_n))
+    dc_n = dc_n.to(dtype, copy=True, memory_format=torch.contiguous_format)
+    tanh_c, dh_d = cells.new_empty(len(cells), H), cells.new_empty(len(cells), P)
+    rows = torch.arange(len(gates), device=gates.device)
 
     for d in range(D):
         i, f, g, o = gates[:, d * 4 * H : (d + 1) * 4 * H].to(dtype).chunk(4, 1)
         cells_d = cells[:, d * H : (d + 1) * H]
-        tanh_c = cells_d.tanh()
-        c_prev = previous(cells_d, c0[d].to(dtype), batch_sizes, reverse=d == 1)
+        torch.tanh(cells_d, out=tanh_c)
 
         # all that does not depend on dh and dc, for all rows at once; the loop multiplies it in place
-        da_i, da_f, da_g, da_o = dgates[:, d * 4 * H : (d + 1) * 4 * H].chunk(4, 1)
-        torch.addcmul(i, i, i, value=-1, out=da_i).mul_(g)  # g i (1 - i)
-        torch.addcmul(f, f, f, value=-1, out=da_f).mul_(c_prev)  # c_prev f (1 - f)
-        torch.addcmul(i, i, torch.mul(g, g, out=da_g), value=-1, out=da_g)  # i (1 - g^2)
-        torch.addcmul(o, o, o, value=-1, out=da_o).mul_(tanh_c)  # tanh_c o (1 - o)
-        dc_dm = torch.addcmul(o, o, tanh_c.square_(), value=-1, out=tanh_c)  # o (1 - tanh_c^2)
+        dgates_d = dgates[:, d * 4 * H : (d + 1) * 4 * H]
+        da_i, da_f, da_g, da_o = dgates_d.chunk(4, 1)
+        _sigmoid_backward(g, i, grad_input=da_i)  # g i (1 - i)
+        c_prev = previous(cells_d, c0[d].to(dtype), batch_sizes, reverse=d == 1)
+        _sigmoid_backward(c_prev, f, grad_input=da_f)  # c_prev f (1 - f)
+        del c_prev
+        _tanh_backward(i, g, grad_input=da_g)  # i (1 - g^2)
+        _sigmoid_backward(tanh_c, o, grad_input=da_o)  # tanh_c o (1 - o)
+        dc_dm = _tanh_backward(o, tanh_c, grad_input=tanh_c)  # o (1 - tanh_c^2)
 
         w_hh_d = w_hh[d].to(dtype)
         w_hr_d = None if w_hr is None else w_hr[d].to(dtype)
-        d_output_steps = _steps(d_output, d, P, sizes)
-        dgates_steps = _steps(dgates, d, 4 * H, sizes)
-        dh_steps = () if w_hr is None else _steps(dh_rows, d, P, sizes)
-        f_steps = f.split(sizes)
-        dc_dm_steps = dc_dm.split(sizes)
-        dh, dc = dh_n[d], dc_n[d]
-        for t in reversed(_order(len(sizes), d)):
-            n = sizes[t]
-            if n != len(dh):
-                dh, dc = dh_n[d, :n], dc_n[d, :n]
+        # each step adds its part to the rows of the step before
+        dh_d.copy_(d_output[:, d * P : (d + 1) * P])
+        # a row's last step in one direction is its first in the other
+        dh_d.index_add_(0, first_rows(rows, B, batch_sizes, reverse=d == 0), dh_n[d].to(dtype))
+        parts = (dgates_d, dgates_d[:, : 3 * H].unflatten(1, (3, H)), da_o, f, dc_dm)
+        steps = list(zip(*(part.split(sizes) for part in parts), strict=True))
+        dh_steps = dh_d.split(sizes)
+        dc = dc_n[d]
+        order = _order(len(sizes), d)
+        for t, before in zip(reversed(order), (*reversed(order[:-1]), None), strict=False):
+            da, da_ifg, da_o, f, dc_dm = steps[t]
+            dh = dh_steps[t]
+            if len(dh) != len(dc):
+                dc = dc_n[d, : len(dh)]
 
-            dm = dh.add_(d_output_steps[t])
-            if w_hr_d is not None:
-                dh_steps[t].copy_(dh)
-                dm = torch.mm(dh, w_hr_d)
-            dc.addcmul_(dm, dc_dm_steps[t])
-
-            da_ifg, da_o = dgates_steps[t].split((3 * H, H), 1)
-            da_ifg.unflatten(1, (3, H)).mul_(dc.unsqueeze(1))
+            dm = dh if w_hr_d is None else torch.mm(dh, w_hr_d)
+            dc.addcmul_(dm, dc_dm)
+            da_ifg.mul_(dc.unsqueeze(1))
             da_o.mul_(dm)
+            dc.mul_(f)
 
-            dc.mul_(f_steps[t])
-            torch.mm(dgates_steps[t], w_hh_d, out=dh)
+            if before is not None:
+                dh = dh_steps[before]
+                if len(dh) != len(da):
+                    n = min(len(dh), len(da))
+                    dh, da = dh[:n], da[:n]
+                dh.addmm_(da, w_hh_d)
+        if w_hr is not None:
+            dh_rows[:, d * P : (d + 1) * P] = dh_d
     return dgates.to(gates.dtype), dc_n.to(c0.dtype), dh_rows
 
 
@@ -198,7 +213,7 @@ def lstm_differentiable(
     outputs, h_n, c_n = [], [], []
     for d in range(D):
         h, c, w_hh_t = h0[d].to(dtype), c0[d].to(dtype), w_hh[d].to(dtype).t()
-        gates_x_steps = _steps(gates_x.to(dtype), d, 4 * H, sizes)
+        gates_x_steps = gates_x.to(dtype)[:, d * 4 * H : (d + 1) * 4 * H].split(sizes)
         output_steps: dict[int, Tensor] = {}
         for t in _order(len(sizes), d):
             n = sizes[t]
@@ -228,12 +243,13 @@ def previous(values: Tensor, initial: Tensor, batch_sizes: Tensor | None, revers
     Returns:
         [N, K].
     """
-    B = len(initial)
+    B = initial.shape[0]
     if batch_sizes is None:
-        return torch.cat((values[B:], initial) if reverse else (initial, values[: len(values) - B]))
+        return torch.cat((values[B:], initial) if reverse else (initial, values[: values.shape[0] - B]))
     ends = batch_sizes.cumsum(0)
-    t = torch.arange(len(batch_sizes)).repeat_interleave(batch_sizes)
-    b = torch.arange(len(values)) - (ends - batch_sizes)[t]
+    # a tracer cannot know the sum of batch_sizes
+    t = torch.arange(batch_sizes.shape[0]).repeat_interleave(batch_sizes, output_size=values.shape[0])
+    b = torch.arange(values.shape[0]) - (ends - batch_sizes)[t]
     if reverse:
         # a row's first step backwards is the last one where it is active
         active_next = torch.cat((batch_sizes[1:], batch_sizes.new_zeros(1)))
@@ -249,9 +265,12 @@ def first_rows(values: Tensor, B: int, batch_sizes: Tensor | None, reverse: bool
     if not reverse:
         return values[:B]
     if batch_sizes is None:
-        return values[len(values) - B :]
-    lengths, offsets = spans(batch_sizes)
-    return values.index_select(0, (offsets[lengths - 1] + torch.arange(B, device="cpu")).to(values.device))
+        return values[values.shape[0] - B :]
+    # as `spans` does, in sizes that a tracer knows
+    b = torch.arange(B, device="cpu")
+    lengths = batch_sizes.shape[0] - torch.searchsorted(batch_sizes.flip(0), b, right=True)
+    offsets = batch_sizes.cumsum(0) - batch_sizes
+    return values.index_select(0, (offsets[lengths - 1] + b).to(values.device))
 
 
 def spans(batch_sizes: Tensor) -> tuple[Tensor, Tensor]:
@@ -270,8 +289,3 @@ def _sizes(rows: Tensor, B: int, batch_sizes: Tensor | None) -> list[int]:
 def _order(T: int, d: int) -> range:
     """Return the steps in the order in which direction `d` takes them."""
     return range(T) if d == 0 else range(T - 1, -1, -1)
-
-
-def _steps(rows: Tensor, d: int, width: int, sizes: list[int]) -> Sequence[Tensor]:
-    """Split the columns of direction `d` into one view a step."""
-    return rows[:, d * width : (d + 1) * width].split(sizes)

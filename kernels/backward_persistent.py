@@ -17,10 +17,9 @@ from .cell import cell_backward, dot, first_row, gate_rows, join_gates, load_gat
 
 
 @triton.jit
-def load_rows_t(w_ptrs, mask_rows, k0, H: tl.constexpr, SIZE: tl.constexpr):
-    """Columns [k0, k0 + SIZE) of a tile of rows of W_hh, transposed; 0 past its edge."""
-    k = k0 + tl.arange(0, SIZE)[:, None]
-    return tl.load(w_ptrs + k, mask=mask_rows & (k < H), other=0.0)
+def load_rows_t(w_ptrs, k0, SIZE: tl.constexpr):
+    """Columns [k0, k0 + SIZE) of a tile of rows of W_hh, transposed."""
+    return tl.load(w_ptrs + (k0 + tl.arange(0, SIZE))[:, None])
 
 
 @triton.jit
@@ -32,7 +31,7 @@ def store_part(ptrs, k0, part, PROGRAMS: tl.constexpr, BLOCK_H: tl.constexpr):
     tl.store(ptrs + offs, part.to(ptrs.dtype.element_ty))
 
 
-@triton.jit(do_not_specialize=["T", "B"])
+@triton.jit(do_not_specialize=["T", "B", "D", "first"])
 def backward_persistent(
     d_output_ptr,  # [N, D*H]
     dh_n_ptr,  # [D, B, H]
@@ -40,15 +39,17 @@ def backward_persistent(
     gates_ptr,  # [N, D*4H], activated
     cells_ptr,  # [N, D*H], float32
     c0_ptr,  # [D, B, H]
-    w_hh_ptr,  # [D, 4H, H]
+    w_hh_ptr,  # [D, 4, UNITS, WIDTH]: W_hh, zeros beside it
     dgates_ptr,  # [N, D*4H]
     dc0_ptr,  # [D, B, H]
-    partials_ptr,  # [2, D, tiles, OWNERS, PROGRAMS, BLOCK_B, BLOCK_H]
-    counters_ptr,  # [D, tiles, 32] int32, zeros; a line each, for they are polled
+    partials_ptr,  # [2, groups, OWNERS, PROGRAMS, BLOCK_B, BLOCK_H]
+    counters_ptr,  # [groups, 32] int32, zeros; a line each, for they are polled
     lengths_ptr,  # [B] int32, falling; not touched without VARLEN
     offsets_ptr,  # [T] int64; not touched without VARLEN
     T,
     B,
+    D,
+    first,  # group of this launch's first programs
     H: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_B: tl.constexpr,
@@ -57,23 +58,30 @@ def backward_persistent(
     PRECISION: tl.constexpr,
     VARLEN: tl.constexpr,
     KEPT: tl.constexpr,
+    STREAM: tl.constexpr,
     THREADS: tl.constexpr,
+    HIP: tl.constexpr,
 ):
-    """One program runs BLOCK_H units of BLOCK_B rows of one direction back. Grid: (units, rows, D), in blocks.
+    """One program runs BLOCK_H units of BLOCK_B rows of one direction back. Grid: (blocks of units, groups).
 
-    Columns of W_hh come in chunks, all of BLOCK_K but the last, of TAIL_K. The first KEPT chunks stay on chip, the
-    columns after them are read each step, TAIL_K at a time.
+    Groups are numbered, and UNITS and WIDTH given, as in forward_persistent.
+    Columns of W_hh come in KEPT chunks of BLOCK_K, which stay on chip, and a tail: one chunk of TAIL_K that stays as
+    well, or, with STREAM, as many as it takes, read each step.
     """
     tl.static_assert(BLOCK_K % BLOCK_H == 0 and TAIL_K % BLOCK_H == 0)
     pid_h = tl.program_id(0)
-    pid_b = tl.program_id(1)
-    direction = tl.program_id(2)
-    D = tl.num_programs(2)
+    group = tl.program_id(1)
+    direction = (first + group) % D
+    b0 = ((first + group) // D * BLOCK_B).to(tl.int64)
     PROGRAMS: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
-    LAST: tl.constexpr = (H - TAIL_K + BLOCK_K - 1) // BLOCK_K
-    WIDTH: tl.constexpr = LAST * BLOCK_K + TAIL_K
+    UNITS: tl.constexpr = PROGRAMS * BLOCK_H
+    TAIL: tl.constexpr = KEPT * BLOCK_K  # its first column
+    WIDTH: tl.constexpr = TAIL + (H - TAIL + TAIL_K - 1) // TAIL_K * TAIL_K
+    tl.static_assert(TAIL < H and (STREAM or WIDTH == TAIL + TAIL_K))
+    CHUNKS: tl.constexpr = KEPT if STREAM else KEPT + 1
     OWNERS: tl.constexpr = WIDTH // BLOCK_H
     PART: tl.constexpr = BLOCK_B * BLOCK_H
+    PARTS: tl.constexpr = min(64, triton.next_power_of_2(PROGRAMS))  # loaded at once
     dtype = gates_ptr.dtype.element_ty
 
     b = tl.arange(0, BLOCK_B)
@@ -81,41 +89,40 @@ def backward_persistent(
     j = pid_h * BLOCK_H + u
     gate, unit = gate_rows(H, BLOCK_H, RUN=BLOCK_H)
     unit += pid_h * BLOCK_H
-    mask_b = pid_b * BLOCK_B + b < B
+    mask_b = b0 + b < B
     mask = (j < H)[:, None] & mask_b[None, :]
 
     # offsets of this tile: in a state [D, B, H], in a row of h or c [D*H], in a row of gates [D*4H]
-    b0 = (pid_b * BLOCK_B).to(tl.int64)
     offs_state = (direction * B + b0) * H + j[:, None] + b[None, :] * H
     offs_h = direction * H + j[:, None] + b[None, :] * (D * H)
     offs_gates = direction * 4 * H + j[:, None] + b[None, :] * (D * 4 * H)
 
-    # parts of dh change hands at partials[slot, direction, tile, owner, program]
-    group = direction * tl.num_programs(1) + pid_b
-    slot_size = D * tl.num_programs(1) * (OWNERS * PROGRAMS * PART)
+    # parts of dh change hands at partials[slot, group, owner, program]
+    slot_size = tl.num_programs(1) * (OWNERS * PROGRAMS * PART)
     counter = counters_ptr + group * 32
     partials = partials_ptr + group.to(tl.int64) * (OWNERS * PROGRAMS * PART)
     part_ptrs = partials + pid_h * PART
-    p = tl.arange(0, triton.next_power_of_2(PROGRAMS))[:, None, None]
+    p = tl.arange(0, PARTS)[:, None, None]
     own_ptrs = partials + (pid_h * PROGRAMS + p) * PART + b[None, :, None] * BLOCK_H + u[None, None, :]
     # no wider vectors than deal one tile out over all threads: then each thread has every part of its own elements,
     # the sum stays inside it, and its result lies as gates, c and dy do
     own_ptrs = tl.max_contiguous(own_ptrs, (1, 1, max(1, PART // THREADS)))
 
-    w_ptrs = w_hh_ptr + direction.to(tl.int64) * 4 * H * H + (gate * H + unit)[None, :] * H
-    mask_rows = (unit < H)[None, :]
+    w_ptrs = w_hh_ptr + direction.to(tl.int64) * (4 * UNITS * WIDTH) + ((gate * UNITS + unit) * WIDTH)[None, :]
     w_t = ()
-    for n in tl.static_range(KEPT):
-        w_t = w_t + (load_rows_t(w_ptrs, mask_rows, n * BLOCK_K, H, BLOCK_K if n < LAST else TAIL_K),)
+    for n in tl.static_range(CHUNKS):
+        w_t = w_t + (load_rows_t(w_ptrs, n * BLOCK_K, BLOCK_K if n < KEPT else TAIL_K),)
+    if STREAM:
+        w_tail = load_rows_t(w_ptrs, TAIL, TAIL_K)
 
     dh = tl.load(dh_n_ptr + offs_state, mask=mask, other=0.0).to(tl.float32)
     dc = tl.load(dc_n_ptr + offs_state, mask=mask, other=0.0).to(tl.float32)
     c0 = tl.load(c0_ptr + offs_state, mask=mask, other=0.0).to(tl.float32)
 
     if VARLEN:
-        lengths = tl.load(lengths_ptr + pid_b * BLOCK_B + b, mask=mask_b, other=0)
+        lengths = tl.load(lengths_ptr + b0 + b, mask=mask_b, other=0)
         zeros = tl.zeros_like(lengths)  # a comparison joins a mask only as a tensor of its shape
-        T = tl.load(lengths_ptr + pid_b * BLOCK_B)  # lengths fall: no row of this tile is longer
+        T = tl.load(lengths_ptr + b0)  # lengths fall: no row of this tile is longer
     # direction 0 went up in time, so back means down
     t = (1 - direction) * (T - 1)
     step = 2 * direction - 1
@@ -153,20 +160,28 @@ def backward_persistent(
         da = join_gates(di, df, dg, do, BLOCK_H, BLOCK_B, RUN=BLOCK_H)
 
         part_ptrs_s = part_ptrs + slot(s) * slot_size
-        for n in tl.static_range(KEPT):
+        for n in tl.static_range(CHUNKS):
             store_part(part_ptrs_s, n * BLOCK_K, dot(w_t[n], da, PRECISION), PROGRAMS, BLOCK_H)
-        for k0 in range(KEPT * BLOCK_K, WIDTH, TAIL_K):
-            w_k = load_rows_t(w_ptrs, mask_rows, k0, H, TAIL_K)
-            store_part(part_ptrs_s, k0, dot(w_k, da, PRECISION), PROGRAMS, BLOCK_H)
-        arrive(counter)
+        if STREAM:
+            for k0 in range(TAIL, WIDTH, TAIL_K):
+                # one ahead; after the last comes the first, for the next step
+                k_next = tl.where(k0 + TAIL_K < WIDTH, k0 + TAIL_K, TAIL)
+                w_next = load_rows_t(w_ptrs, k_next, TAIL_K)
+                store_part(part_ptrs_s, k0, dot(w_tail, da, PRECISION), PROGRAMS, BLOCK_H)
+                w_tail = w_next
+        arrive(counter, HIP)
 
         # nobody waits for this
         store_gates(dgates_ptr + row * (D * 4 * H) + offs_gates, di, df, dg, do, mask_t, H)
 
         wait(counter, (s + 1) * PROGRAMS)
         # L1 would only be polluted: a part is read once; that it is fresh is the barrier's work
-        parts = tl.load(own_ptrs + slot(s) * slot_size, mask=p < PROGRAMS, other=0.0, cache_modifier=".cg")
-        dh_new = tl.trans(tl.sum(parts.to(tl.float32), 0))
+        dh_new = tl.zeros((BLOCK_B, BLOCK_H), tl.float32)
+        for p0 in tl.static_range(0, PROGRAMS, PARTS):
+            part_mask = p0 + p < PROGRAMS
+            parts = tl.load(own_ptrs + slot(s) * slot_size + p0 * PART, mask=part_mask, other=0.0, cache_modifier=".cg")
+            dh_new += tl.sum(parts.to(tl.float32), 0)
+        dh_new = tl.trans(dh_new)
         if VARLEN:
             active = (t < lengths)[None, :]
             dh = tl.where(active, dh_new, dh)  # dy is 0 where a row is not active

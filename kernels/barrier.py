@@ -25,10 +25,22 @@ import triton.language as tl
 
 
 @triton.jit
-def arrive(counter_ptr):
-    """Publish what this program stored so far, and count it in."""
-    # one thread arrives for all: the block barrier puts the others' stores before its release; Triton adds none
+def gather_stores(HIP: tl.constexpr):
+    """Bring the stores of all threads of this program where a release by one of them publishes them all."""
+    if HIP:
+        # a block barrier of AMD's does not wait for stores, and a release only for those of its own wave: each wave
+        # waits until its own are in the L2, which the release then writes back as a whole
+        tl.inline_asm_elementwise(
+            "s_waitcnt vmcnt(0)\n\tv_mov_b32 $0, 0", "=v", [], dtype=tl.int32, is_pure=False, pack=1
+        )
     tl.debug_barrier()
+
+
+@triton.jit
+def arrive(counter_ptr, HIP: tl.constexpr):
+    """Publish what this program stored so far, and count it in."""
+    # one thread arrives for all: Triton puts neither a block barrier nor anything else before its release
+    gather_stores(HIP)
     tl.atomic_add(counter_ptr, 1, sem="release", scope="gpu")
 
 

@@ -17,10 +17,9 @@ from .cell import activate, dot, first_row, gate_rows, split_gates, tanh
 
 
 @triton.jit
-def load_rows(w_ptrs, mask_rows, k0, H: tl.constexpr, SIZE: tl.constexpr, SPLIT: tl.constexpr):
-    """Columns [k0, k0 + SIZE) of a tile of rows of W_hh, 0 past its edge; [SPLIT, rows, SIZE / SPLIT] if split."""
-    k = k0 + tl.arange(0, SIZE)[None, :]
-    w = tl.load(w_ptrs + k, mask=mask_rows & (k < H), other=0.0)
+def load_rows(w_ptrs, k0, SIZE: tl.constexpr, SPLIT: tl.constexpr):
+    """Columns [k0, k0 + SIZE) of a tile of rows of W_hh; [SPLIT, rows, SIZE / SPLIT] if split."""
+    w = tl.load(w_ptrs + (k0 + tl.arange(0, SIZE))[None, :])
     if SPLIT > 1:
         w = tl.permute(tl.reshape(w, (w.shape[0], SPLIT, SIZE // SPLIT)), (1, 0, 2))
     return w
@@ -53,10 +52,10 @@ def fold(parts, SPLIT: tl.constexpr):
     return tl.reshape(parts, (parts.shape[0], parts.shape[1]))
 
 
-@triton.jit(do_not_specialize=["T", "B"])
+@triton.jit(do_not_specialize=["T", "B", "D", "first"])
 def forward_persistent(
     gates_x_ptr,  # [N, D*4H]
-    w_hh_ptr,  # [D, 4H, H]
+    w_hh_ptr,  # [D, 4, UNITS, WIDTH]: W_hh, zeros beside it
     h0_ptr,  # [D, B, H]
     c0_ptr,  # [D, B, H]
     output_ptr,  # [N, D*H]
@@ -64,12 +63,14 @@ def forward_persistent(
     c_n_ptr,  # [D, B, H]
     gates_ptr,  # [N, D*4H], activated; not touched without SAVE
     cells_ptr,  # [N, D*H], float32; not touched without SAVE
-    exchange_ptr,  # [2, D, tiles, BLOCK_B, WIDTH], zeros
-    counters_ptr,  # [D, tiles, 32] int32, zeros; a line each, for they are polled
+    exchange_ptr,  # [2, groups, BLOCK_B, WIDTH], zeros
+    counters_ptr,  # [groups, 32] int32, zeros; a line each, for they are polled
     lengths_ptr,  # [B] int32, falling; not touched without VARLEN
     offsets_ptr,  # [T] int64; not touched without VARLEN
     T,
     B,
+    D,
+    first,  # group of this launch's first programs
     H: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_B: tl.constexpr,
@@ -79,24 +80,30 @@ def forward_persistent(
     SAVE: tl.constexpr,
     VARLEN: tl.constexpr,
     KEPT: tl.constexpr,
+    STREAM: tl.constexpr,
     AHEAD: tl.constexpr,
     SPLIT: tl.constexpr,
+    HIP: tl.constexpr,
 ):
-    """One program runs BLOCK_H units of BLOCK_B rows of one direction. Grid: (units, rows, D), in blocks.
+    """One program runs BLOCK_H units of BLOCK_B rows of one direction. Grid: (blocks of units, groups).
 
-    The dot's inner dimension comes in chunks, so that H need not be a power of two: all of BLOCK_K but the last, of
-    TAIL_K. The first KEPT chunks of W_hh stay on chip, the columns after them are read each step, TAIL_K at a time.
-    AHEAD chunks of h are on their way at once. SPLIT > 1 deals each chunk out over SPLIT warps, for tiles too small to
-    give every warp rows of its own.
+    Programs of the same rows and direction are a group, number D * tile + direction of all; a launch runs those from
+    `first` on. WIDTH is H rounded up to whole chunks, UNITS to whole programs.
+    The dot's inner dimension comes in KEPT chunks of BLOCK_K, which stay on chip, and a tail: one chunk of TAIL_K that
+    stays as well, or, with STREAM, as many as it takes, read each step. AHEAD chunks of h are on their way at once.
+    SPLIT > 1 deals each chunk out over SPLIT warps, for tiles too small to give every warp rows of its own.
     """
     tl.static_assert(BLOCK_K % BLOCK_H == 0 and TAIL_K % BLOCK_H == 0)
     pid_h = tl.program_id(0)
-    pid_b = tl.program_id(1)
-    direction = tl.program_id(2)
+    group = tl.program_id(1)
     programs = tl.num_programs(0)
-    D = tl.num_programs(2)
-    LAST: tl.constexpr = (H - TAIL_K + BLOCK_K - 1) // BLOCK_K
-    WIDTH: tl.constexpr = LAST * BLOCK_K + TAIL_K
+    direction = (first + group) % D
+    b0 = ((first + group) // D * BLOCK_B).to(tl.int64)
+    UNITS: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H * BLOCK_H
+    TAIL: tl.constexpr = KEPT * BLOCK_K  # its first column
+    WIDTH: tl.constexpr = TAIL + (H - TAIL + TAIL_K - 1) // TAIL_K * TAIL_K
+    tl.static_assert(TAIL < H and (STREAM or WIDTH == TAIL + TAIL_K))
+    CHUNKS: tl.constexpr = KEPT if STREAM else KEPT + 1
     dtype = gates_x_ptr.dtype.element_ty
 
     b = tl.arange(0, BLOCK_B)
@@ -104,37 +111,36 @@ def forward_persistent(
     # plain order: the four gates of a unit lie in several warps whatever the order, and one exchange brings all
     gate, unit = gate_rows(H, BLOCK_H, RUN=BLOCK_H)
     unit += pid_h * BLOCK_H
-    mask_b = pid_b * BLOCK_B + b < B
+    mask_b = b0 + b < B
     mask = (j < H)[:, None] & mask_b[None, :]
     mask_gates = (unit < H)[:, None] & mask_b[None, :]
 
     # offsets of this tile: in a state [D, B, H], in a row of h or c [D*H], in a row of gates [D*4H]
-    b0 = (pid_b * BLOCK_B).to(tl.int64)
     offs_state = (direction * B + b0) * H + j[:, None] + b[None, :] * H
     offs_h = direction * H + j[:, None] + b[None, :] * (D * H)
     offs_gates = direction * 4 * H + (gate * H + unit)[:, None] + b[None, :] * (D * 4 * H)
 
-    # h changes hands at exchange[slot, direction, tile]
-    group = direction * tl.num_programs(1) + pid_b
-    slot_size = D * tl.num_programs(1) * (BLOCK_B * WIDTH)
+    # h changes hands at exchange[slot, group]
+    slot_size = tl.num_programs(1) * (BLOCK_B * WIDTH)
     counter = counters_ptr + group * 32
     h_all = exchange_ptr + group * (BLOCK_B * WIDTH) + b[None, :] * WIDTH
     h_own = exchange_ptr + group * (BLOCK_B * WIDTH) + j[:, None] + b[None, :] * WIDTH
 
-    w_ptrs = w_hh_ptr + direction.to(tl.int64) * 4 * H * H + (gate * H + unit)[:, None] * H
-    mask_rows = (unit < H)[:, None]
+    w_ptrs = w_hh_ptr + direction.to(tl.int64) * (4 * UNITS * WIDTH) + ((gate * UNITS + unit) * WIDTH)[:, None]
     w = ()
-    for n in tl.static_range(KEPT):
-        w = w + (load_rows(w_ptrs, mask_rows, n * BLOCK_K, H, BLOCK_K if n < LAST else TAIL_K, SPLIT),)
+    for n in tl.static_range(CHUNKS):
+        w = w + (load_rows(w_ptrs, n * BLOCK_K, BLOCK_K if n < KEPT else TAIL_K, SPLIT),)
+    if STREAM:
+        w_tail = load_rows(w_ptrs, TAIL, TAIL_K, SPLIT)
 
     h = tl.load(h0_ptr + offs_state, mask=mask, other=0.0)
     c = tl.load(c0_ptr + offs_state, mask=mask, other=0.0).to(tl.float32)
     tl.store(h_own, h)
-    arrive(counter)
+    arrive(counter, HIP)
 
     if VARLEN:
-        lengths = tl.load(lengths_ptr + pid_b * BLOCK_B + b, mask=mask_b, other=0)
-        T = tl.load(lengths_ptr + pid_b * BLOCK_B)  # lengths fall: no row of this tile is longer
+        lengths = tl.load(lengths_ptr + b0 + b, mask=mask_b, other=0)
+        T = tl.load(lengths_ptr + b0)  # lengths fall: no row of this tile is longer
     t = direction * (T - 1)
     step = 1 - 2 * direction
     t_next = tl.minimum(tl.maximum(t + step, 0), T - 1)
@@ -154,16 +160,24 @@ def forward_persistent(
         parts = tl.zeros((SPLIT, 4 * BLOCK_H, BLOCK_B), tl.float32) if SPLIT > 1 else x.to(tl.float32)
         h_ptrs = h_all + slot(s) * slot_size
         h_k = ()
-        for n in tl.static_range(min(AHEAD, KEPT)):
-            h_k = h_k + (load_h(h_ptrs, n * BLOCK_K, BLOCK_K if n < LAST else TAIL_K, SPLIT),)
-        for n in tl.static_range(KEPT):
+        for n in tl.static_range(min(AHEAD, CHUNKS)):
+            h_k = h_k + (load_h(h_ptrs, n * BLOCK_K, BLOCK_K if n < KEPT else TAIL_K, SPLIT),)
+        if STREAM:
+            h_tail = load_h(h_ptrs, TAIL, TAIL_K, SPLIT)
+        for n in tl.static_range(CHUNKS):
             parts += dot(w[n], h_k[n], PRECISION)
-            if n + AHEAD < KEPT:
-                h_n = load_h(h_ptrs, (n + AHEAD) * BLOCK_K, BLOCK_K if n + AHEAD < LAST else TAIL_K, SPLIT)
+            if n + AHEAD < CHUNKS:
+                h_n = load_h(h_ptrs, (n + AHEAD) * BLOCK_K, BLOCK_K if n + AHEAD < KEPT else TAIL_K, SPLIT)
                 h_k = h_k + (h_n,)
-        for k0 in range(KEPT * BLOCK_K, WIDTH, TAIL_K):
-            w_k = load_rows(w_ptrs, mask_rows, k0, H, TAIL_K, SPLIT)
-            parts += dot(w_k, load_h(h_ptrs, k0, TAIL_K, SPLIT), PRECISION)
+        if STREAM:
+            for k0 in range(TAIL, WIDTH, TAIL_K):
+                # one ahead; after the last comes the first, for the next step
+                k_next = tl.where(k0 + TAIL_K < WIDTH, k0 + TAIL_K, TAIL)
+                w_next = load_rows(w_ptrs, k_next, TAIL_K, SPLIT)
+                h_next = load_h(h_ptrs, k_next, TAIL_K, SPLIT)
+                parts += dot(w_tail, h_tail, PRECISION)
+                w_tail = w_next
+                h_tail = h_next
         a = fold(parts, SPLIT) + x.to(tl.float32) if SPLIT > 1 else parts
 
         # activated before they are split: in `gates` they lie as they do here
@@ -181,7 +195,7 @@ def forward_persistent(
             c = c_new
             h = h_new.to(dtype)
         tl.store(h_own + slot(s + 1) * slot_size, h)
-        arrive(counter)
+        arrive(counter, HIP)
 
         # nobody waits for these
         tl.store(output_ptr + row * (D * H) + offs_h, h, mask=mask_t)

@@ -6,15 +6,19 @@ imported when this module is; nothing else in the package imports it.
 
 from __future__ import annotations
 
+import functools
+import math
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ..plans import Plan, choose
-from ..problem import Device, Problem, allows_tf32, device_of
+from ..problem import Device, Problem, allows_tf32, device_of, limit_processors
 from ..reference import first_rows, previous, spans
 from .backward_persistent import backward_persistent
 from .backward_resident import backward_resident
@@ -32,12 +36,12 @@ def lstm_forward(
     w_hr: Tensor | None,
     batch_sizes: Tensor | None,
     save: bool,
-    plan: Plan | None = None,
+    plan: Plan | str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Run one layer's recurrence, all directions in one call: `reference.lstm_forward` says what it takes and returns.
 
     Args beyond those:
-        plan: layout of the kernels; None asks `plans.choose`.
+        plan: layout of the kernels; None asks `plans.choose`, and a string is what it is told.
 
     Raises:
         RuntimeError: gates_x or w_hh do not have the sizes that c0 tells; the kernels would read past their end.
@@ -64,7 +68,7 @@ def lstm_backward(
     w_hh: Tensor,
     w_hr: Tensor | None,
     batch_sizes: Tensor | None,
-    plan: Plan | None = None,
+    plan: Plan | str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run one layer's recurrence back: `reference.lstm_backward` says what it takes and returns, `plan` is as above."""
     if w_hr is None:
@@ -81,6 +85,45 @@ def lstm_backward(
     return dgates, dc0, dh
 
 
+class _RefusedError(Exception):
+    """The chip cannot hold the programs of a grid all at once; the argument says how many it may."""
+
+
+def _laid_out_anew(run: Callable) -> Callable:
+    """Decorate a pass: where the driver refuses its grid, the layout is chosen again, for fewer processors.
+
+    A persistent layout gives way to a smaller one or, in the end, to stepwise. One that was asked for is an error.
+    """
+
+    @functools.wraps(run)
+    def again(*arguments: Any) -> Any:
+        device, plan = arguments[0].device, arguments[-1]
+        while True:
+            try:
+                return run(*arguments)
+            except _RefusedError as refused:
+                (most,) = refused.args
+                if isinstance(plan, Plan) or most >= device_of(device).processors:
+                    raise RuntimeError(f"A grid was refused: {refused.__cause__}") from refused.__cause__
+                limit_processors(device, most)
+
+    return again
+
+
+def _together(kernel: Any, grid: tuple[int, int], **arguments: Any) -> None:
+    """Launch a grid whose programs meet."""
+    try:
+        kernel[grid](**arguments)
+    except (RuntimeError, triton.OutOfResources) as error:
+        # the words of CUDA's and HIP's error 720; a share of a card, or an old one, may refuse any such launch
+        too_many, never = "too many blocks in cooperative launch", "operation not supported"
+        refused = isinstance(error, triton.OutOfResources) or too_many in str(error) or never in str(error)
+        if arguments["first"] or not refused:  # after the first grid, the pass cannot be run again
+            raise
+        raise _RefusedError(math.prod(grid) - 1 if too_many in str(error) else 0) from error
+
+
+@_laid_out_anew
 def _forward(gates_x, h0, c0, w_hh, batch_sizes, save, plan):
     """`lstm_forward` without projection."""
     D, B, H = c0.shape
@@ -111,13 +154,13 @@ def _forward(gates_x, h0, c0, w_hh, batch_sizes, save, plan):
             h_n, c_n = torch.empty_like(h0), torch.empty_like(c0)
             grid = (triton.cdiv(B, plan.BLOCK_B), D)
             forward_resident[grid](**shared, h0_ptr=h0, c0_ptr=c0, h_n_ptr=h_n, c_n_ptr=c_n)
-        elif plan.regime == "persistent":
+        elif plan.kernel == "persistent":
             h_n, c_n = torch.empty_like(h0), torch.empty_like(c0)
-            grid, counters = _meeting(plan, c0)
             # zeros: units past H meet zeros of W_hh, but a NaN among them would be one after the product too
-            exchange = gates_x.new_zeros(2, grid[2], grid[1], plan.BLOCK_B, _width(plan, H))
-            meeting = {"exchange_ptr": exchange, "counters_ptr": counters}
-            forward_persistent[grid](**shared, **meeting, h0_ptr=h0, c0_ptr=c0, h_n_ptr=h_n, c_n_ptr=c_n)
+            exchange = gates_x.new_zeros(2, _at_once(plan, B, D), plan.BLOCK_B, _width(plan, H))
+            shared |= {"w_hh_ptr": _padded(plan, w_hh), "exchange_ptr": exchange}
+            for grid, meeting in _meetings(plan, c0):
+                _together(forward_persistent, grid, **shared, **meeting, h0_ptr=h0, c0_ptr=c0, h_n_ptr=h_n, c_n_ptr=c_n)
         else:
             # a program reads all of h and writes its own units, so h takes turns between two buffers
             h_in, h_n = h0, torch.empty_like(h0)
@@ -131,6 +174,7 @@ def _forward(gates_x, h0, c0, w_hh, batch_sizes, save, plan):
     return output, h_n, c_n, gates, cells
 
 
+@_laid_out_anew
 def _backward(d_output, dh_n, dc_n, gates, cells, c0, w_hh, batch_sizes, plan):
     """`lstm_backward` without projection."""
     D, B, H = c0.shape
@@ -157,14 +201,14 @@ def _backward(d_output, dh_n, dc_n, gates, cells, c0, w_hh, batch_sizes, plan):
         if plan.regime == "resident":
             dc0 = torch.empty_like(c0)
             backward_resident[(triton.cdiv(B, plan.BLOCK_B), D)](**shared, dc_n_ptr=dc_n, dc0_ptr=dc0)
-        elif plan.regime == "persistent":
+        elif plan.kernel == "persistent":
             dc0 = torch.empty_like(c0)
-            grid, counters = _meeting(plan, c0)
             # in the dtype of gates: half the traffic, and the rounding of dgates itself weighs more (see README.md)
-            owners = _width(plan, H) // plan.BLOCK_H
-            partials = gates.new_empty(2, grid[2], grid[1], owners, grid[0], plan.BLOCK_B, plan.BLOCK_H)
-            meeting = {"partials_ptr": partials, "counters_ptr": counters}
-            backward_persistent[grid](**shared, **meeting, dc_n_ptr=dc_n, dc0_ptr=dc0)
+            owners, programs = _width(plan, H) // plan.BLOCK_H, -(-H // plan.BLOCK_H)
+            partials = gates.new_empty(2, _at_once(plan, B, D), owners, programs, plan.BLOCK_B, plan.BLOCK_H)
+            shared |= {"w_hh_ptr": _padded(plan, w_hh), "partials_ptr": partials}
+            for grid, meeting in _meetings(plan, c0):
+                _together(backward_persistent, grid, **shared, **meeting, dc_n_ptr=dc_n, dc0_ptr=dc0)
         else:
             dc = dc_n.to(torch.float32, copy=True)
             grid = (triton.cdiv(H, plan.BLOCK_H), triton.cdiv(B, plan.BLOCK_B), D)
@@ -175,15 +219,15 @@ def _backward(d_output, dh_n, dc_n, gates, cells, c0, w_hh, batch_sizes, plan):
 
 
 def _prepare(
-    T: int, c0: Tensor, dtype: torch.dtype, batch_sizes: Tensor | None, plan: Plan | None, backward: bool
+    T: int, c0: Tensor, dtype: torch.dtype, batch_sizes: Tensor | None, plan: Plan | str | None, backward: bool
 ) -> tuple[Plan, dict[str, Any]]:
     """Settle the plan; return it with the arguments that every kernel takes."""
     D, B, H = c0.shape
     device = device_of(c0.device)
     PRECISION = precision(dtype, device)
-    if plan is None:
+    if not isinstance(plan, Plan):
         problem = Problem(T, B, H, H, D=D, dtype=dtype, tf32=PRECISION == "tf32")
-        plan = choose(problem, device, backward)
+        plan = choose(problem, device, backward, plan or "")
     lengths, offsets = _rows_of(batch_sizes, c0.device)
     return plan, {
         "lengths_ptr": lengths,
@@ -193,7 +237,7 @@ def _prepare(
         "H": H,
         "PRECISION": PRECISION,
         "VARLEN": batch_sizes is not None,
-        **_layout(plan, backward),
+        **_layout(plan, backward, device),
     }
 
 
@@ -202,31 +246,51 @@ def precision(dtype: torch.dtype, device: Device) -> str:
     return "tf32" if dtype == torch.float32 and device.kind == "cuda" and allows_tf32() else "ieee"
 
 
-def _layout(plan: Plan, backward: bool) -> dict[str, int | bool]:
+def _layout(plan: Plan, backward: bool, device: Device) -> dict[str, int | bool]:
     """Return a plan's keyword arguments to a launch."""
     names = {"BLOCK_H", "BLOCK_B", "num_warps", "num_stages"}
     if plan.regime != "resident":
         names |= {"BLOCK_K"}
-    if plan.regime == "persistent":
+    if plan.kernel == "persistent":
         names |= {"TAIL_K", "KEPT"} if backward else {"TAIL_K", "KEPT", "AHEAD", "SPLIT"}
     layout: dict[str, int | bool] = {name: getattr(plan, name) for name in names}
-    if plan.regime == "persistent":
+    if plan.kernel == "persistent":
+        layout["STREAM"] = plan.regime == "streaming"
+        layout["HIP"] = device.kind == "hip"
         layout["launch_cooperative_grid"] = True  # programs that cannot all be on the chip are an error, not a hang
         if backward:
-            layout["THREADS"] = 32 * plan.num_warps
+            layout["THREADS"] = plan.num_warps * (64 if layout["HIP"] else 32)
     return layout
 
 
-def _meeting(plan: Plan, c0: Tensor) -> tuple[tuple[int, int, int], Tensor]:
-    """Return a persistent grid, and a counter for each group of its programs that meet, in a cache line of its own."""
+def _at_once(plan: Plan, B: int, D: int) -> int:
+    """Return how many groups of programs that meet run in one launch: of each tile of rows and direction, one."""
+    groups = -(-B // plan.BLOCK_B) * D
+    return min(groups, plan.groups or groups)
+
+
+def _meetings(plan: Plan, c0: Tensor) -> Iterator[tuple[tuple[int, int], dict[str, Any]]]:
+    """Yield (grid, arguments) of each launch of a persistent kernel: all groups, as many at once as the plan says."""
     D, B, H = c0.shape
-    grid = (-(-H // plan.BLOCK_H), -(-B // plan.BLOCK_B), D)
-    return grid, torch.zeros(D, grid[1], 32, dtype=torch.int32, device=c0.device)
+    groups, at_once = -(-B // plan.BLOCK_B) * D, _at_once(plan, B, D)
+    # a cache line for each counter: they are polled
+    counters = torch.zeros(groups, 32, dtype=torch.int32, device=c0.device)
+    for first in range(0, groups, at_once):
+        grid = (-(-H // plan.BLOCK_H), min(at_once, groups - first))
+        yield grid, {"counters_ptr": counters[first:], "D": D, "first": first}
 
 
 def _width(plan: Plan, H: int) -> int:
     """Return how many columns the chunks of a persistent plan cover: H rounded up."""
-    return -(-(H - plan.TAIL_K) // plan.BLOCK_K) * plan.BLOCK_K + plan.TAIL_K
+    kept = plan.KEPT * plan.BLOCK_K
+    return kept + -(-(H - kept) // plan.TAIL_K) * plan.TAIL_K
+
+
+def _padded(plan: Plan, w_hh: Tensor) -> Tensor:
+    """Return W_hh [D, 4H, H] with zeros up to whole programs and chunks: no mask, and aligned rows, in the kernel."""
+    D, _, H = w_hh.shape
+    columns, units = _width(plan, H) - H, -H % plan.BLOCK_H
+    return pad(w_hh.view(D, 4, H, H), (0, columns, 0, units)) if columns or units else w_hh
 
 
 def _steps(N: int, B: int, batch_sizes: Tensor | None) -> int:

@@ -41,7 +41,7 @@ BACKWARD = (backward_resident, backward_persistent, backward_stepwise)
 KERNELS = {kernel.__name__: kernel for kernel in FORWARD + BACKWARD}
 GRIDS = {
     "resident": "(ceil(B / BLOCK_B), D)",
-    "persistent": "(ceil(H / BLOCK_H), ceil(B / BLOCK_B), D), cooperative",
+    "persistent": "(ceil(H / BLOCK_H), D * ceil(B / BLOCK_B)), cooperative",
     "stepwise": "(ceil(H / BLOCK_H), ceil(B / BLOCK_B), D)",
 }
 # arguments of one type whatever the problem's dtype; every other pointer is to that dtype
@@ -54,6 +54,8 @@ TYPES = {
     "offsets_ptr": "*i64",
     "s": "i32",
     "T": "i32",
+    "D": "i32",
+    "first": "i32",
     "B": "i32",
 }
 DTYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
@@ -78,7 +80,7 @@ class Configuration:
         flags = "".join(f"-{flag.lower()}" for flag in ("SAVE", "VARLEN") if getattr(self, flag))
         precision = f"-{self.precision}" if self.dtype == "float32" else ""
         plan = self.plan
-        chunks = f"-k{plan.BLOCK_K}+{plan.TAIL_K}" if plan.regime == "persistent" else ""
+        chunks = f"-k{plan.KEPT}x{plan.BLOCK_K}+{plan.TAIL_K}" if plan.kernel == "persistent" else ""
         blocks = f"H{self.H}-h{plan.BLOCK_H}-b{plan.BLOCK_B}{chunks}-w{plan.num_warps}"
         return f"{self.kernel}-{self.dtype}{precision}-{blocks}{flags}"
 
@@ -113,7 +115,7 @@ def configurations(target: str, dtypes: Sequence[str], every_flag: bool = True) 
     for dtype in dtypes:
         for precision in plans.precisions(getattr(torch, dtype), target):
             for H, backward, plan in plans.every_plan(getattr(torch, dtype), target, tf32=precision == "tf32"):
-                kernel = f"{'backward' if backward else 'forward'}_{plan.regime}"
+                kernel = f"{'backward' if backward else 'forward'}_{plan.kernel}"
                 for VARLEN in flags:
                     for SAVE in (False,) if backward else flags:
                         yield Configuration(kernel, target, dtype, precision, H, plan, SAVE, VARLEN)
@@ -125,7 +127,9 @@ def compile_configuration(configuration: Configuration):
     values = {
         "H": configuration.H,
         **asdict(plan),
-        "THREADS": 32 * plan.num_warps,
+        "STREAM": plan.regime == "streaming",
+        "HIP": configuration.target.startswith("gfx"),
+        "THREADS": plan.num_warps * gpu_target(configuration.target).warp_size,
         "PRECISION": configuration.precision,
         "SAVE": configuration.SAVE,
         "VARLEN": configuration.VARLEN,
@@ -234,7 +238,7 @@ def _write(configuration: Configuration, compiled, out: Path) -> None:
         "num_warps": configuration.plan.num_warps,
         "shared": compiled.metadata.shared,
         "entry": compiled.metadata.name,
-        "grid": GRIDS[configuration.plan.regime],
+        "grid": GRIDS[configuration.plan.kernel],
     }
     path = out / f"{configuration.target}-{configuration.name}.json"
     path.write_text(json.dumps(description, indent=2) + "\n")

@@ -27,6 +27,7 @@ VISIBLE = [
     "cta scope",
     "no block barrier before the arrive",
 ]
+EARLY = "stores of other waves under way"
 TYPES = {"cells": "*fp32", "counters": "*i32", "values": "*i32", "result": "*i32", "lengths": "*i32", "offsets": "*i64"}
 CONSTEXPRS = {
     "H": 64,
@@ -37,7 +38,8 @@ CONSTEXPRS = {
     "SAVE": True,
     "VARLEN": True,
     "TAIL_K": 64,
-    "KEPT": 1,
+    "KEPT": 0,
+    "STREAM": False,
     "AHEAD": 1,
     "SPLIT": 1,
     "THREADS": 128,
@@ -52,9 +54,10 @@ KERNELS: dict[str, tuple[ModuleType, dict[str, object]]] = {
 def compile_kernel(name: str, target: str, fault: str = "") -> str:
     """Return the text of a kernel's machine code, its pointers to float16 unless TYPES says otherwise."""
     module, constexprs = KERNELS[name]
-    with barriers.replaced(module, barriers.MUTANTS.get(fault, {})):
+    with barriers.replaced(module, {"": {}, EARLY: barriers.ARRIVES_EARLY, **barriers.MUTANTS}[fault]):
         # a new object, for triton remembers by object what a kernel's source and helpers hash to
         kernel = triton.jit(getattr(module, name).fn)
+        constexprs = {**constexprs, "HIP": target.startswith("gfx")}
         constexprs = {argument: value for argument, value in constexprs.items() if argument in kernel.arg_names}
         signature = {
             argument: "constexpr"
@@ -72,9 +75,10 @@ def main() -> None:
     """Compile everything for the target named on the command line."""
     target = sys.argv[1]
     texts = {f"{name}: ": compile_kernel(name, target) for name in KERNELS}
-    texts |= {f"exchange: {fault}": compile_kernel("exchange", target, fault) for fault in VISIBLE}
+    amd = [EARLY] if target.startswith("gfx") else []
+    texts |= {f"exchange: {fault}": compile_kernel("exchange", target, fault) for fault in VISIBLE + amd}
     # the same again in a real kernel, where the compiler has more to move about
-    for fault in ("relaxed arrive", "no acquire"):
+    for fault in ("relaxed arrive", "no acquire", *amd):
         texts[f"forward_persistent: {fault}"] = compile_kernel("forward_persistent", target, fault)
     json.dump(texts, sys.stdout)
 

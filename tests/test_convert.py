@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import copy
 import io
-from typing import Any
+import pickle
+from typing import Any, cast
 
 import pytest
 import torch
 from helpers import assert_close, run_lstm
-from pairs import I, make_input, make_pair
+from pairs import BACKENDS, I, make_input, make_pair
 from torch import nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import weight_norm
+from torch.nn.utils.rnn import PackedSequence
 
 import fastlstm
 
@@ -32,7 +34,24 @@ class Model(nn.Module):
 
 class Noisy(nn.LSTM):
     def forward(self, input, hx=None):  # pyright: ignore
+        noisy = input._replace(data=input.data + 1) if isinstance(input, PackedSequence) else input + 1
+        return super().forward(noisy, hx)
+
+
+class NoisyCell(nn.LSTMCell):
+    def forward(self, input, hx=None):
         return super().forward(input + 1, hx)
+
+
+class Strict(nn.LSTM):
+    def check_forward_args(self, input, hidden, batch_sizes):
+        raise RuntimeError("not today")
+
+
+class Wrapper(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.rnn = nn.LSTM(I, 4)
 
 
 def test_everything_is_replaced_and_nothing_else():
@@ -138,20 +157,119 @@ def test_parametrizations_stay():
     torch.testing.assert_close(model(x)[0], stock(x)[0])
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_subclass_keeps_its_methods_and_gets_our_recurrence(backend, monkeypatch):
+    torch.manual_seed(0)
+    stock = Noisy(I, 4, num_layers=2)
+    ours = copy.deepcopy(stock)
+    report = fastlstm.convert(ours, backend=backend)
+    assert isinstance(ours, Noisy)
+    assert list(report.replaced) == [""]
+    assert "Noisy(3, 4, num_layers=2" in str(report)
+    assert "its super() is fastlstm's" in str(report)
+    x = make_input("unsorted")
+    truth = run_lstm(copy.deepcopy(stock).double(), x.double())
+    assert_close(run_lstm(ours, x), truth, run_lstm(stock, x), dtype=torch.float32)
+    assert fastlstm.explain(cast(Any, ours), x.data).backend == ("torch" if backend == "auto" else backend)
+    assert "already on fastlstm" in fastlstm.convert(ours).skipped[""]
+    run: Any = ours
+    for duplicate in (copy.deepcopy(run), pickle.loads(pickle.dumps(run))):
+        assert type(duplicate) is type(ours)
+        with torch.no_grad():
+            cast(Any, duplicate).weight_hh_l0.mul_(2)
+        assert not torch.equal(cast(Any, duplicate)(x)[0].data, run(x)[0].data)
+    # nothing of stock's own runs
+    monkeypatch.setattr(nn.LSTM, "forward", None)
+    run(x)
+
+
+def test_a_subclass_of_the_cell():
+    torch.manual_seed(0)
+    model = nn.Sequential(NoisyCell(I, 4))
+    x = torch.randn(2, I)
+    expected = model(x)
+    assert list(fastlstm.convert(model, backend="reference").replaced) == ["0"]
+    assert isinstance(model[0], fastlstm.LSTMCell)
+    torch.testing.assert_close(model(x), expected)
+
+
 def test_what_is_left_alone_is_reported():
     replaced_forward: Any = nn.LSTM(I, 4)
     replaced_forward.forward = lambda x: x
-    model = nn.ModuleDict({"noisy": Noisy(I, 4), "ours": fastlstm.LSTM(I, 4), "patched": replaced_forward})
+    attribute: Any = nn.LSTM(I, 4)
+    attribute.backend = "mine"
+    model = nn.ModuleDict(
+        {
+            "strict": Strict(I, 4),
+            "ours": fastlstm.LSTM(I, 4),
+            "patched": replaced_forward,
+            "taken": attribute,
+            "other": Wrapper(),
+        }
+    )
     report = fastlstm.convert(model, backend="reference")
-    assert not report.replaced
+    assert list(report.replaced) == ["other.rnn"]
     assert report.skipped == {
-        "noisy": "Noisy is a subclass, and may change what is computed",
-        "ours": "already a fastlstm.LSTM, backend='auto'",
+        "strict": "Strict overrides check_forward_args, which fastlstm does not call",
+        "ours": "already a fastlstm.LSTM(3, 4)",
         "patched": "its forward was replaced on the instance",
+        "taken": "LSTM has an attribute backend, which fastlstm would add",
     }
-    assert type(model["noisy"]) is Noisy
-    assert "  noisy: skipped, Noisy is a subclass" in str(report)
+    assert type(model["strict"]) is Strict
+    assert "  strict: skipped, Strict overrides" in str(report)
     assert fastlstm.convert(nn.Linear(2, 2)) == fastlstm.Report()
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.(ao.)?quantiz.*")
+def test_what_other_tools_made_of_an_lstm_is_reported():
+    model = nn.Sequential(nn.LSTM(I, 4))
+    assert fastlstm.convert(torch.jit.script(model)).skipped == {
+        "0": "it is compiled by TorchScript: convert before that"
+    }
+    quantized = torch.ao.quantization.quantize_dynamic(model)
+    assert fastlstm.convert(quantized).skipped == {"0": "it is quantized: its weights are packed for other kernels"}
+
+
+def test_revert_undoes_convert():
+    torch.manual_seed(0)
+    model: Any = nn.ModuleDict({"plain": nn.LSTM(I, 4), "noisy": Noisy(I, 4), "cell": nn.LSTMCell(I, 4)})
+    model["normed"] = nn.LSTM(I, 4)
+    model["alias"] = model["plain"]
+    weight_norm(model["normed"], "weight_hh_l0")
+    classes, keys = [type(m) for m in model.modules()], [set(vars(m)) for m in model.modules()]
+    parameters = list(model.parameters())
+    x = make_input("unsorted")
+    expected = {name: model[name](x)[0].data for name in ("plain", "noisy", "normed", "alias")}
+    converted = fastlstm.convert(model, backend="reference")
+    assert not converted.skipped
+    report = fastlstm.revert(model)
+    assert report.replaced == {
+        "plain": "torch.nn.LSTM(3, 4)",
+        "noisy": "Noisy(3, 4)",
+        "cell": "torch.nn.LSTMCell(3, 4)",
+        "normed": "torch.nn.LSTM(3, 4)",
+        "alias": "torch.nn.LSTM(3, 4)",
+    }
+    assert [set(vars(m)) for m in model.modules()] == keys
+    assert [type(m).__name__ for m in model.modules()] == [c.__name__ for c in classes]
+    assert type(model["plain"]) is nn.LSTM
+    assert all(mine is before for mine, before in zip(model.parameters(), parameters, strict=True))
+    with torch.no_grad():
+        for name, output in expected.items():
+            torch.testing.assert_close(model[name](x)[0].data, output)
+        model["plain"].weight_hh_l0.mul_(2)
+        assert not torch.equal(model["plain"](x)[0].data, expected["plain"])
+    assert fastlstm.revert(model) == fastlstm.Report()
+
+
+def test_revert_keeps_what_torch_has_no_class_for():
+    class Own(fastlstm.LSTM):
+        pass
+
+    model = nn.Sequential(Own(I, 4))
+    assert list(fastlstm.revert(model).skipped) == ["0"]
+    assert type(model[0]) is Own
 
 
 def test_unknown_backend_changes_nothing():

@@ -3,36 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from types import SimpleNamespace
 
 import pytest
 import torch
+from devices import GPUS
 
-from fastlstm import dispatch
-from fastlstm.dispatch import BACKENDS, Decision, decide
-from fastlstm.plans import choose, every_plan
-from fastlstm.problem import Device, Problem, device_of
+from fastlstm import dispatch, plans
+from fastlstm import problem as limits
+from fastlstm.dispatch import BACKENDS, Decision, candidates, decide, decide_layer, has_choice
+from fastlstm.plans import choose
+from fastlstm.problem import Device, Problem, device_of, limit_processors
 
 CPU = device_of(torch.device("cpu"))
-GPUS = {
-    "RTX 3090": Device("cuda", "sm_86", "NVIDIA GeForce RTX 3090", 82),
-    "A100": Device("cuda", "sm_80", "NVIDIA A100-SXM4-80GB", 108),
-    "L4": Device("cuda", "sm_89", "NVIDIA L4", 58),
-    "RTX 4090": Device("cuda", "sm_89", "NVIDIA GeForce RTX 4090", 128),
-    "H100": Device("cuda", "sm_90", "NVIDIA H100 80GB HBM3", 132),
-    "B200": Device("cuda", "sm_100", "NVIDIA B200", 148),
-    "RTX 5090": Device("cuda", "sm_120", "NVIDIA GeForce RTX 5090", 170),
-    "MI300X": Device("hip", "gfx942", "AMD Instinct MI300X", 304),
-}
-LARGEST_RESIDENT = {  # H in 16 bit, H in float32
-    "RTX 3090": (64, 64),
-    "A100": (128, 64),
-    "L4": (64, 64),
-    "RTX 4090": (64, 64),
-    "H100": (128, 64),
-    "B200": (128, 64),
-    "RTX 5090": (64, 64),
-    "MI300X": (64, 64),
-}
 
 
 def problem(**given) -> Problem:
@@ -44,66 +28,6 @@ def _triton_installed_and_compiling(monkeypatch):
     """The answers of a Linux machine with triton, wherever the tests run."""
     monkeypatch.setattr(dispatch, "has_triton", lambda: True)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-
-
-@pytest.mark.parametrize("backward", [False, True])
-@pytest.mark.parametrize("gpu", GPUS)
-def test_resident_as_far_as_it_fits(gpu, backward):
-    for dtype, largest in zip((torch.bfloat16, torch.float32), LARGEST_RESIDENT[gpu], strict=True):
-        for H in (1, 16, 17, 33, 64, 65, 100, 128, 129, 1024):
-            plan = choose(problem(H=H, dtype=dtype), GPUS[gpu], backward)
-            assert (plan.regime == "resident") == (largest >= H), (H, dtype)
-            if plan.regime == "resident":
-                assert max(H, 16) <= plan.BLOCK_H < 2 * max(H, 16)
-
-
-@pytest.mark.parametrize("gpu", GPUS)
-def test_plans_enumerates_what_choose_returns(gpu):
-    device = GPUS[gpu]
-    for dtype, tf32 in ((torch.float16, True), (torch.bfloat16, True), (torch.float32, True), (torch.float32, False)):
-        enumerated = {(backward, plan) for _, backward, plan in every_plan(dtype, device.target, tf32)}
-        chosen = {
-            (backward, choose(problem(H=H, B=B, D=D, dtype=dtype, tf32=tf32), device, backward))
-            for H in (*range(1, 1600, 9), 128, 512, 1024, 1536, 4096)
-            for B in (1, 8, 16, 17, 64, 1000)
-            for D in (1, 2)
-            for backward in (False, True)
-        }
-        assert chosen <= enumerated
-        # only those persistent plans whose programs this very card can hold
-        assert all(plan.regime == "persistent" for _, plan in enumerated - chosen)
-
-
-@pytest.mark.parametrize("backward", [False, True])
-@pytest.mark.parametrize("gpu", ["RTX 3090", "A100", "H100", "B200", "RTX 5090"])
-def test_persistent_where_all_programs_are_on_the_chip(gpu, backward):
-    device = GPUS[gpu]
-    for H in (256, 300, 512, 768, 1024, 1500, 2048, 4096):
-        for B in (1, 16, 17, 64, 128, 1000):
-            for D in (1, 2):
-                for dtype in (torch.bfloat16, torch.float32):
-                    plan = choose(problem(H=H, B=B, D=D, dtype=dtype), device, backward)
-                    if plan.regime != "persistent":
-                        continue
-                    assert device.processors >= -(-H // plan.BLOCK_H) * -(-B // plan.BLOCK_B) * D
-                    columns = (plan.KEPT - 1) * plan.BLOCK_K + plan.TAIL_K
-                    assert H <= columns < 2 * H
-    assert choose(problem(H=512), device, backward).regime == "persistent"
-    # a share of the card too small for the grid, and a precision without matrix instructions
-    assert choose(problem(H=512), dataclasses.replace(device, processors=31), backward).regime == "stepwise"
-    assert choose(problem(H=512, tf32=False), device, backward).regime == "stepwise"
-
-
-def test_odd_sizes_do_not_pay_for_the_next_power_of_two():
-    for H, most in ((650, 768), (768, 768), (1100, 1152), (1500, 1536)):
-        for backward in (False, True):
-            plan = choose(problem(H=H, dtype=torch.float16), GPUS["H100"], backward)
-            assert most >= (plan.KEPT - 1) * plan.BLOCK_K + plan.TAIL_K
-
-
-def test_length_never_matters_to_a_plan():
-    for T in (1, 16, 1000, 70_000):
-        assert choose(problem(T=T), GPUS["H100"]) == choose(problem(), GPUS["H100"])
 
 
 def test_an_unknown_gpu_gets_a_frugal_plan_but_stock_by_default():
@@ -125,6 +49,57 @@ def test_auto_on_a_gpu(gpu, training):
     double = decide(problem(dtype=torch.float64, training=training), GPUS[gpu])
     assert double.backend == "torch"
     assert "float64" in double.reason
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+def test_auto_takes_what_was_fastest(gpu):
+    large, device = problem(H=512, dtype=torch.bfloat16), GPUS[gpu]
+    for plan in plans.candidates(large, device):
+        times = ((f"triton {plan.name}", 0.4123), ("torch", 2.0))
+        decision = decide(large, device, times=times)
+        assert (decision.backend, decision.regime, decision.layout) == ("triton", plan.regime, plan.name)
+        assert decision.times == times
+        assert decision.implementation == times[0][0]
+        assert decision.reason == (
+            f"In trials of calls like this it was the fastest: triton {plan.name} 0.412 ms, torch 2 ms."
+        )
+        assert choose(large, device, layout=decision.layout) == plan
+    decision = decide(problem(H=64), device, times=(("torch", 0.1), ("triton resident-8", math.inf)))
+    assert (decision.implementation, decision.regime) == ("torch", "stock")
+    assert "triton resident-8 failed." in decision.reason
+    assert decide(large, device, "reference", times=(("triton stepwise-16", 0.4), ("torch", 2.0))).regime == "loop"
+
+
+def test_a_layout_that_is_no_candidate_is_taken_for_the_most_alike():
+    given = (problem(H=512, B=128, dtype=torch.bfloat16), GPUS["H100"])
+    assert choose(*given, layout="persistent-32").BLOCK_B == 32
+    assert choose(*given, layout="persistent-8").regime == "persistent"
+    assert choose(*given, layout="stepwise-8").regime == "stepwise"
+    for backward in (False, True):
+        assert choose(*given, backward, layout="resident-8") == choose(*given, backward)
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+def test_candidates(gpu):
+    for H, least in ((1, 2), (64, 2), (512, 3), (4096, 2)):
+        found = candidates(problem(H=H, dtype=torch.bfloat16), GPUS[gpu])
+        assert found[0] == "torch"
+        assert len(set(found)) == len(found) >= least - (gpu in ("L4", "RTX 4090"))
+        assert all(decide(problem(H=H), GPUS[gpu], backend).implementation == backend for backend in found)
+    assert has_choice(problem(), GPUS[gpu])
+    assert not has_choice(problem(dtype=torch.float64), GPUS[gpu])
+    assert not has_choice(problem(B=0), GPUS[gpu])
+    assert not has_choice(problem(), dataclasses.replace(GPUS[gpu], target="sm_75"))
+    assert not has_choice(problem(), CPU)
+
+
+def test_a_layer_of_a_compiled_graph(monkeypatch):
+    for H in (64, 512, 4096):
+        assert decide_layer(problem(H=H), GPUS["H100"]) == "triton"
+    assert decide_layer(problem(dtype=torch.float64), GPUS["H100"]) == "reference"
+    assert decide_layer(problem(), CPU) == "reference"
+    monkeypatch.setenv("FASTLSTM_BACKEND", "reference")
+    assert decide_layer(problem(), GPUS["H100"]) == "reference"
 
 
 def test_auto_without_triton_or_on_another_device(monkeypatch):
@@ -174,6 +149,9 @@ def test_environment_overrides_auto_only(monkeypatch):
 def test_unknown_backend():
     with pytest.raises(ValueError, match=r"backend must be one of auto, reference, triton, torch, got 'cuda'"):
         decide(problem(), CPU, "cuda")
+    for unknown in ("triton ", "triton fast", "reference persistent-16", "auto persistent-16"):
+        with pytest.raises(ValueError, match=f"got '{unknown}'"):
+            decide(problem(), GPUS["H100"], unknown)
 
 
 def test_a_decision_reads_as_a_sentence():
@@ -205,6 +183,40 @@ def test_device_of():
     assert CPU.kind == CPU.target == "cpu"
     assert device_of(torch.device("meta")) == Device("meta", "meta")
     assert BACKENDS[0] == "auto"
+
+
+@pytest.fixture
+def cards(monkeypatch):
+    """Two equal cards in this machine, and what the driver says of them."""
+    properties = SimpleNamespace(name="a card", major=9, minor=0, multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(limits, "_gpus", {})
+    monkeypatch.setattr(limits, "_limited", set())
+    monkeypatch.delenv("CUDA_MPS_ACTIVE_THREAD_PERCENTAGE", raising=False)
+    return properties
+
+
+@pytest.mark.parametrize(
+    ("share", "expected"), [(None, 132), ("100", 132), ("25", 33), ("12.5", 16), ("250", 132), ("0", 0), ("half", 132)]
+)
+def test_a_share_under_mps(share, expected, cards, monkeypatch):
+    if share is not None:
+        monkeypatch.setenv("CUDA_MPS_ACTIVE_THREAD_PERCENTAGE", share)
+    device = device_of(torch.device("cuda", 0))
+    assert device == Device("cuda", "sm_90", "a card", expected)
+    # 32 programs for H=512: each needs a processor
+    assert (choose(problem(H=512, dtype=torch.bfloat16), device).regime == "persistent") == (expected >= 32)
+
+
+def test_processors_are_limited_with_one_warning(cards):
+    one, other = torch.device("cuda", 0), torch.device("cuda", 1)
+    assert device_of(one) == device_of(other)
+    with pytest.warns(UserWarning, match="a card has 132 processors and cannot hold 64 programs at once"):
+        limit_processors(one, 63)
+    assert device_of(one).processors == device_of(other).processors == 63
+    limit_processors(one, 31)  # a second warning would be an error
+    assert device_of(other).processors == 31
 
 
 @pytest.mark.gpu

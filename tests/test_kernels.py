@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch import Tensor
@@ -12,7 +14,7 @@ from recurrence import FORWARD, H100, Run
 
 from fastlstm.dispatch import interpreting
 from fastlstm.kernels import launch
-from fastlstm.plans import choose
+from fastlstm.plans import Plan, choose
 from fastlstm.problem import Device, Problem, device_of
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -160,15 +162,26 @@ class ShiftedLaunch:
         return run
 
 
+# one program has all units, so that it waits for no other, and the interpreter can run it
+ALONE = Plan("persistent", BLOCK_H=16, BLOCK_B=16, BLOCK_K=16, num_warps=1, TAIL_K=16, AHEAD=1)
+
+
 @pytest.mark.skipif(not interpreting(), reason="CUDA refuses pointers to memory that it does not know")
-def test_row_numbers_beyond_32_bits(regime, monkeypatch):
+@pytest.mark.parametrize(
+    ("regime", "expected"),
+    # stepwise a launch a step; otherwise one for all steps, and of one direction where two do not fit at once
+    [("resident", 1), ("stepwise", 3), ("persistent", 1), (dataclasses.replace(ALONE, groups=1), 2)],
+    ids=["resident", "stepwise", "persistent", "slices"],
+)
+def test_row_numbers_beyond_32_bits(regime, expected, monkeypatch):
+    plan = ALONE if regime == "persistent" else regime
+    kernel = plan.kernel if isinstance(plan, Plan) else plan
     launches = []
-    for name in (f"forward_{regime}", f"backward_{regime}"):
+    for name in (f"forward_{kernel}", f"backward_{kernel}"):
         launches.append(ShiftedLaunch(getattr(launch, name)))
         monkeypatch.setattr(launch, name, launches[-1])
-    Run(5, (3, 2, 2), torch.float32, D=2, packed=True).check(regime, torch.device("cpu"))
-    # both directions in one launch, of all steps where W_hh is resident
-    assert [kernel.launches for kernel in launches] == [3 if regime == "stepwise" else 1] * 2
+    Run(5, (3, 2, 2), torch.float32, D=2, packed=True).check(plan, torch.device("cpu"))
+    assert [kernel.launches for kernel in launches] == [expected] * 2
 
 
 @pytest.mark.parametrize("setting", ["tf32", "ieee"])

@@ -221,6 +221,18 @@ def test_environment_overrides_auto_only(monkeypatch):
         make_pair()[1](x)
 
 
+def test_cell_with_a_computed_weight():
+    """DropConnect and the like put a tensor where the parameter was."""
+    stock, ours = STOCK_CELL(I, H), fastlstm.LSTMCell(I, H)
+    ours.load_state_dict(stock.state_dict())
+    for cell in (stock, ours):
+        weight = cell.weight_hh.detach() * 0.5
+        del cell.weight_hh
+        cell.weight_hh = weight
+    x, hx = torch.randn(3, I), (torch.randn(3, H), torch.randn(3, H))
+    torch.testing.assert_close(ours(x, hx), stock(x, hx), rtol=0, atol=0)
+
+
 def test_explain_is_what_runs(monkeypatch):
     _, ours = make_pair("reference", num_layers=2)
     x = make_input("unsorted")

@@ -60,7 +60,8 @@ def test_sdist_holds_what_it_takes_to_build_test_and_benchmark(distributions):
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert names >= SOURCES | {f"kernels/{name}" for name in KERNELS}
     assert names >= {f"tests/{path.name}" for path in (ROOT / "tests").glob("*.py")}
-    assert names >= {f"benchmarks/{path.name}" for path in (ROOT / "benchmarks").glob("*.py")}
+    for folder in ("benchmarks", "examples"):
+        assert names >= {f"{folder}/{path.name}" for path in (ROOT / folder).glob("*.py")}
     assert names >= {"LICENSE", "README.md", "Makefile", "constraints.txt", "pyproject.toml", "setup.py"}
 
 

@@ -23,14 +23,16 @@ from fastlstm.plans import Plan
 pytestmark = pytest.mark.skipif(not interpreting(), reason="needs TRITON_INTERPRET=1")
 
 CPU = torch.device("cpu")
-# small enough for the interpreter; from H = 25 on, part of W_hh is read again each step
-PLAN = Plan("persistent", BLOCK_H=8, BLOCK_B=4, BLOCK_K=16, num_warps=1, TAIL_K=8, KEPT=2, AHEAD=1)
+# small enough for the interpreter
+PLAN = Plan("persistent", BLOCK_H=8, BLOCK_B=4, BLOCK_K=16, num_warps=1, TAIL_K=16, KEPT=2, AHEAD=1)
 
 
 def plan_for(H: int, **changes: int) -> Plan:
-    """PLAN with changes, and no more chunks kept than there are."""
+    """PLAN with changes; a W_hh of more than KEPT chunks and a tail is read again each step (here from H = 49 on)."""
     plan = dataclasses.replace(PLAN, **changes)
-    return dataclasses.replace(plan, KEPT=min(plan.KEPT, -(-(H - plan.TAIL_K) // plan.BLOCK_K) + 1))
+    KEPT = min(plan.KEPT, (H - 1) // plan.BLOCK_K)
+    regime = "persistent" if H - KEPT * plan.BLOCK_K <= plan.TAIL_K else "streaming"
+    return dataclasses.replace(plan, regime=regime, KEPT=KEPT)
 
 
 def run_all(run: Run, seed: int = 0, **changes: int) -> dict[str, Tensor]:
@@ -67,11 +69,31 @@ def test_projection():
 
 @pytest.mark.parametrize(
     "layout",
-    [{"KEPT": 0}, {"KEPT": 3, "AHEAD": 2}, {"SPLIT": 2}, {"BLOCK_H": 16, "TAIL_K": 16, "BLOCK_B": 2}],
-    ids=["streamed", "kept", "split", "blocks"],
+    [
+        {"KEPT": 0},
+        {"KEPT": 1, "AHEAD": 2},
+        {"TAIL_K": 8, "AHEAD": 2},
+        {"SPLIT": 2},
+        {"KEPT": 1, "SPLIT": 2},
+        {"BLOCK_H": 16, "BLOCK_B": 2},
+    ],
+    ids=["streamed", "some kept", "small tail", "split", "split and streamed", "blocks"],
 )
 def test_other_layouts(layout):
     check(Run(40, LENGTHS[:3], torch.float32, D=1, packed=True), **layout)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+@pytest.mark.parametrize(("groups", "grids"), [(1, [1, 1, 1, 1]), (3, [3, 1]), (9, [4])])
+def test_what_is_not_on_the_chip_at_once_follows_in_further_launches(groups, grids, packed):
+    """Two tiles of rows in two directions; the buffers of one launch serve the next."""
+    run = Run(16, LENGTHS, torch.float32, D=2, packed=packed)
+    plan = plan_for(16, groups=groups)
+    assert [grid for grid, _ in launch._meetings(plan, run.c0)] == [(2, at_once) for at_once in grids]
+    check(run, groups=groups)
+    expected = run_all(run)
+    for name, tensor in run_all(run, groups=groups).items():
+        assert torch.equal(tensor, expected[name]), name
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
@@ -96,7 +118,7 @@ def under_seeds(run: Run, seeds: Iterable[int]) -> None:
 @pytest.mark.parametrize("mutant", MUTANTS)
 @pytest.mark.parametrize("module", [forward_persistent, backward_persistent], ids=["forward", "backward"])
 def test_every_mutant_is_a_race(module, mutant, packed):
-    """Two programs in each of two groups, and eight in one. Where every program is in time by chance, nothing shows."""
+    """Two programs in each of two groups, and eight in one, which stream. By chance every program may be in time."""
     for H, D in ((16, 2), (64, 1)):
         run = Run(H, (4, 3, 2), torch.float32, D, packed=packed)
         with replaced(module, MUTANTS[mutant]), pytest.raises(RaceError, match=r"(exchange|partials|counters)_ptr\["):

@@ -116,13 +116,15 @@ def test_saved_tensors_are_the_activated_gates_and_cells():
     assert torch.equal(c_n[0], cells)
 
 
+@pytest.mark.parametrize("sizes", [None, [3, 2, 1]], ids=["dense", "packed"])
 @pytest.mark.parametrize("dtype", list(TOLERANCES))
-def test_without_save_the_results_are_the_same_and_nothing_is_kept(dtype):
+def test_without_save_the_results_are_the_same_and_nothing_is_kept(dtype, sizes):
     torch.manual_seed(3)
-    args = (torch.randn(6, 20), torch.randn(1, 3, 5), torch.randn(1, 3, 5), torch.randn(1, 20, 5))
+    args = (torch.randn(6, 40), torch.randn(2, 3, 5), torch.randn(2, 3, 5), torch.randn(2, 20, 5))
     gates_x, h0, c0, w_hh = (tensor.to(dtype) for tensor in args)
-    saving = reference.lstm_forward(gates_x.clone(), h0, c0, w_hh, None, None, True)
-    saving_nothing = reference.lstm_forward(gates_x.clone(), h0, c0, w_hh, None, None, False)
+    batch_sizes = None if sizes is None else torch.tensor(sizes)
+    saving = reference.lstm_forward(gates_x.clone(), h0, c0, w_hh, None, batch_sizes, True)
+    saving_nothing = reference.lstm_forward(gates_x.clone(), h0, c0, w_hh, None, batch_sizes, False)
     for kept, result in zip(saving[:3], saving_nothing[:3], strict=True):
         assert torch.equal(kept, result)
     assert [t.numel() for t in saving_nothing[3:]] == [0, 0]

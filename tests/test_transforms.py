@@ -1,4 +1,4 @@
-"""What may be done to a call beyond backward: torch.func, forward-mode AD, hooks, checkpoints, changes in place."""
+"""What may be done to a call beyond backward: twice backward, torch.func, hooks, checkpoints, changes in place."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 from pairs import BACKENDS, INTERPRETED, STOCK_LSTM, H, I, make_pair
 from torch.autograd import forward_ad
-from torch.func import functional_call, grad, jacrev, jvp, vmap
+from torch.func import functional_call, grad, jacrev, jvp, stack_module_state, vjp, vmap
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 from torch.utils.checkpoint import checkpoint
 
@@ -81,6 +81,124 @@ def test_function_transforms(backend):
         return grad(loss, argnums=1)(weights, x, lstm).square().sum()
 
     close(grad(norm_of_gradient)(x, weights, ours), grad(norm_of_gradient)(x.double(), double, wide(stock)))
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto", pytest.param("triton", marks=INTERPRETED)])
+def test_ensemble_of_weights(backend):
+    """Stacked parameters of several models, over one input and over one each; stock's op has no batching rule."""
+    pairs = [make_pair(backend, num_layers=2) for _ in range(3)]
+    for index, (stock, ours) in enumerate(pairs):
+        for mine, theirs in zip(ours.parameters(), stock.parameters(), strict=True):
+            mine.data.add_(index / 10)
+            theirs.data.add_(index / 10)
+    parameters, buffers = stack_module_state([ours for _, ours in pairs])
+    model = pairs[0][1]
+
+    def call(parameters, buffers, x):
+        return functional_call(model, (parameters, buffers), (x,))[0]
+
+    batch = inputs(3, 5, 2, I)
+    for in_dim, xs in ((None, batch[0]), (0, batch)):
+        outputs = vmap(call, in_dims=(0, 0, in_dim))(parameters, buffers, xs)
+        for index, (stock, _) in enumerate(pairs):
+            close(outputs[index], stock(xs if in_dim is None else xs[index])[0])
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto", pytest.param("triton", marks=INTERPRETED)])
+def test_vjp(backend):
+    stock, ours = make_pair(backend)
+    x = inputs(5, 2, I)
+    runs: Any = [vjp(lambda x, lstm=lstm: lstm(x)[0], x) for lstm in (ours, stock)]
+    (output, pull), (expected, stock_pull) = runs
+    close(output, expected)
+    close(pull(output)[0], stock_pull(output)[0])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("form", ["dense", "packed", "projection"])
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
+def test_double_backward(form, backend):
+    """A penalty on the gradient, differentiated: stock in float64, where its op can, is the truth."""
+    options: dict[str, Any] = {"proj_size": 2} if form == "projection" else {}
+    stock, ours = make_pair(backend, bidirectional=True, **options)
+    if backend in ("torch", "auto") and form == "dense":
+        ours = ours.double()  # what oneDNN runs has no second derivative, in stock as in ours
+    truth = STOCK_LSTM(I, H, bidirectional=True, dtype=torch.float64, **options)
+    truth.load_state_dict(stock.state_dict())
+
+    def second(lstm):
+        dtype = next(lstm.parameters()).dtype
+        x = packed() if form == "packed" else inputs(17, 3, I)
+        data = (x.data if isinstance(x, PackedSequence) else x).to(dtype).requires_grad_()
+        output, (h_n, c_n) = lstm(x._replace(data=data) if isinstance(x, PackedSequence) else data)
+        rows = output.data if isinstance(output, PackedSequence) else output
+        loss = rows.square().sum() + h_n.sum() + c_n.square().sum()
+        wanted = [data, *lstm.parameters()]
+        first = torch.autograd.grad(loss, wanted, create_graph=True)
+        penalty = torch.stack([gradient.square().sum() for gradient in first]).sum()
+        return torch.autograd.grad(penalty, wanted)
+
+    for got, expected in zip(second(ours), second(truth), strict=True):
+        close(got / expected.abs().max(), expected / expected.abs().max())
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference", "auto"])
+@pytest.mark.parametrize("form", ["dense", "packed", "projection"])
+def test_first_and_second_derivatives_are_those_of_differences(form, backend):
+    _, ours = make_pair(backend, torch.float64, proj_size=1 if form == "projection" else 0)
+    # 17 steps: over fewer auto leaves it to stock
+    x = pack_sequence([inputs(n, I).double() for n in (17, 2)]) if form == "packed" else inputs(17, 1, I).double()
+    names = [name for name, _ in ours.named_parameters()]
+
+    def call(data, *weights):
+        given = x._replace(data=data) if isinstance(x, PackedSequence) else data
+        output, states = functional_call(ours, dict(zip(names, weights, strict=True)), (given,))
+        return output.data if isinstance(output, PackedSequence) else output, *states
+
+    data = x.data if isinstance(x, PackedSequence) else x
+    wanted = (data.clone().requires_grad_(), *(p.detach().clone().requires_grad_() for p in ours.parameters()))
+    assert torch.autograd.gradcheck(call, wanted, fast_mode=True)
+    assert torch.autograd.gradgradcheck(call, wanted, fast_mode=True)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("form", ["dense", "packed"])
+def test_backward_again_and_again(form, backend):
+    """A retained graph, accumulation, hooks, anomaly mode, and saved tensors kept elsewhere change no gradient."""
+    _, ours = make_pair(backend, num_layers=2)
+    weights = list(ours.parameters())
+    x = packed() if form == "packed" else inputs(5, 3, I)
+
+    def loss():
+        output, states = ours(x)
+        rows = output.data if isinstance(output, PackedSequence) else output
+        return rows.square().sum() + states[1].sum()
+
+    expected = torch.autograd.grad(loss(), weights)
+    retained = loss()
+    seen: list[torch.Tensor] = []
+    handle = weights[1].register_hook(seen.append)
+    for times in (1, 2, 3):
+        retained.backward(retain_graph=True)
+        for weight, gradient in zip(weights, expected, strict=True):
+            close(weight.grad, times * gradient)
+    handle.remove()
+    assert len(seen) == 3
+    close(seen[-1], expected[1])
+    with torch.autograd.graph.save_on_cpu():
+        moved = loss()
+    again = checkpoint(lambda x, _: loss(), x, inputs(1).requires_grad_(), use_reentrant=True)
+    assert isinstance(again, torch.Tensor)
+    for value in (moved, again):
+        ours.zero_grad()
+        value.backward()
+        for weight, gradient in zip(weights, expected, strict=True):
+            close(weight.grad, gradient)
+    with pytest.warns(UserWarning, match="Anomaly Detection"):
+        anomaly = torch.autograd.detect_anomaly()
+    with anomaly:
+        for got, gradient in zip(torch.autograd.grad(loss(), weights), expected, strict=True):
+            close(got, gradient)
 
 
 # "auto" is stock's op for this input, which refuses

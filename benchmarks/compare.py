@@ -1,0 +1,155 @@
+"""The regression gate: what became faster or slower between two result files.
+
+`python -m benchmarks compare OLD.json NEW.json`; the exit status is 1 when something became slower, or is refused, or
+needs more memory than before, and 2 when the files cannot be compared.
+
+Two runs are never paired with each other, so fastlstm is compared with stock of its own run: what is compared is the
+ratio stock / fastlstm, paired by round, in which a slower clock or a busy neighbour cancels. The change is the quotient
+of the medians, new by old. Its interval comes from a bootstrap over the rounds of both files, in blocks, since rounds
+that follow one another share their noise; it is as wide as the number of rows asks (Bonferroni), so that a run with
+nothing changed stays silent.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from statistics import NormalDist
+from typing import Literal, NamedTuple
+
+import numpy as np
+from rich.console import Console
+
+from benchmarks.peers import OURS, STOCK
+from benchmarks.report import print_table
+from benchmarks.results import Column, Result, Row, load, provenance
+from benchmarks.tables import Cell, Table
+
+CHANGE = 0.05  # a smaller change is not reported: two runs of the same code differ by up to so much
+LEVEL = 0.01  # chance that a comparison of like with like reports any row
+RESAMPLES = 1000
+FEWEST_ROUNDS = 3
+MEMORY = 1.05
+
+Word = Literal["faster", "even", "unclear", "slower", "refused", "more memory"]
+
+
+class Verdict(NamedTuple):
+    """What happened to a workload: new speed / old speed, and the interval that it lies in."""
+
+    suite: str
+    name: str
+    word: Word
+    change: float | None
+    low: float | None
+    high: float | None
+    note: str
+
+
+def bootstrap(old: Sequence[float], new: Sequence[float], level: float, seed: int = 0) -> tuple[float, float, float]:
+    """Return median(new) / median(old) and its interval at 1 - level, by a circular block bootstrap over both.
+
+    The logarithm of the quotient is taken as normal with the bootstrap's deviation: a level of one in a thousand would
+    need a hundred thousand resamples if it were read off them.
+    """
+    generator = np.random.default_rng(seed)
+    variance = 0.0
+    for values in (old, new):
+        blocks = len(values) / _block(len(values))
+        # resampling m blocks underestimates the variance by (m - 1) / m
+        variance += np.var(np.log(_medians(np.asarray(values), generator))) * blocks / (blocks - 1)
+    change = float(np.median(new) / np.median(old))
+    reach = math.exp(NormalDist().inv_cdf(1 - level / 2) * variance**0.5)
+    return change, change / reach, change * reach
+
+
+def _block(n: int) -> int:
+    return max(1, round(n ** (1 / 3)))
+
+
+def _medians(values: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    """Medians of RESAMPLES resamples, [RESAMPLES], each of blocks of about n^(1/3) neighbours."""
+    n, length = len(values), _block(len(values))
+    starts = generator.integers(n, size=(RESAMPLES, -(-n // length), 1))
+    picked = (starts + np.arange(length)) % n
+    return np.median(values[picked.reshape(RESAMPLES, -1)[:, :n]], axis=1)
+
+
+def compare(old: Result, new: Result, column: str = OURS) -> Iterator[Verdict]:
+    """Yield a verdict for every workload that both files hold."""
+    before = {(row["suite"], row["name"]): row for row in old["rows"]}
+    pairs = [(before[key], row) for row in new["rows"] if (key := (row["suite"], row["name"])) in before]
+    timed = [(a, b) for a, b in pairs if column in a["columns"] and column in b["columns"]]
+    level = LEVEL / max(1, len(timed))
+    for a, b in timed:
+        note = "" if a["route"] == b["route"] else f"route: {a['route']} before, {b['route']} now"
+        yield _verdict(a, b, column, level, note)
+
+
+def _verdict(old: Row, new: Row, column: str, level: float, note: str) -> Verdict:
+    a, b = old["columns"][column], new["columns"][column]
+    key = new["suite"], new["name"]
+    ratios = [_ratios(row["columns"][STOCK], row["columns"][column]) for row in (old, new)]
+    if not ratios[1] and b["status"] != "ok":
+        return Verdict(*key, "refused" if a["status"] == "ok" else "even", None, None, None, b["status"])
+    if min(map(len, ratios)) < FEWEST_ROUNDS:
+        return Verdict(*key, "unclear", None, None, None, "too few samples")
+    change, low, high = bootstrap(ratios[0], ratios[1], level)
+    word: Word = "even"
+    if high < 1 and change < 1 - CHANGE:
+        word = "slower"
+    elif low > 1 and change > 1 + CHANGE:
+        word = "faster"
+    elif high > 1 + 2 * CHANGE or low < 1 - 2 * CHANGE:
+        word = "unclear"
+    if word != "slower" and a["peak_bytes"] and b["peak_bytes"] and b["peak_bytes"] > MEMORY * a["peak_bytes"]:
+        word, note = "more memory", f"{b['peak_bytes'] / a['peak_bytes']:.2f}x the bytes; {note}".rstrip("; ")
+    return Verdict(*key, word, change, low, high, note)
+
+
+def _ratios(stock: Column, own: Column) -> list[float]:
+    if not own["samples"]:  # refused
+        return []
+    return [theirs / ours for theirs, ours in zip(stock["samples"], own["samples"], strict=True)]
+
+
+def main(arguments: list[str]) -> int:
+    """Compare two result files and print what changed."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks compare", description=main.__doc__)
+    parser.add_argument("old", type=Path)
+    parser.add_argument("new", type=Path)
+    parser.add_argument("--all", action="store_true", help="print the rows on which nothing changed, too")
+    options = parser.parse_args(arguments)
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=132)
+    old, new = load(options.old), load(options.new)
+    console.print(f"old: {provenance(old)}\nnew: {provenance(new)}", highlight=False)
+    names = {"cpu", "gpu"}
+    if {old["machine"][name] for name in names} != {new["machine"][name] for name in names}:
+        console.print("[bold]different machines[/]: what follows compares them, not the code")
+    verdicts = list(compare(old, new))
+    if not verdicts:
+        console.print("no workload is in both files")
+        return 2
+    tones = {"faster": "faster", "even": "", "unclear": ""}
+    rows = [
+        [
+            Cell(f"{verdict.suite} {verdict.name}"),
+            Cell(verdict.word, tones.get(verdict.word, "slower")),
+            Cell(f"{verdict.change:.2f}x" if verdict.change else ""),
+            Cell(f"{verdict.low:.2f}-{verdict.high:.2f}" if verdict.low and verdict.high else ""),
+            Cell(verdict.note),
+        ]
+        for verdict in verdicts
+        if options.all or verdict.word != "even"
+    ]
+    header = ["workload", "verdict", "speed", "interval", "note"]
+    print_table(Table("new speed / old speed, each relative to stock of its own run", header, rows), console)
+    counts = {
+        word: sum(verdict.word == word for verdict in verdicts) for word in dict.fromkeys(v.word for v in verdicts)
+    }
+    console.print(", ".join(f"{word}: {count}" for word, count in counts.items()) + f" of {len(verdicts)}")
+    return int(any(verdict.word in ("slower", "refused", "more memory") for verdict in verdicts))

@@ -1,0 +1,80 @@
+"""The README's table of figures, made from the result file that the README names."""
+
+from __future__ import annotations
+
+import re
+
+from benchmarks.peers import OURS
+from benchmarks.results import FOLDER, Result, Row, load, provenance, verdict
+from benchmarks.tables import milliseconds
+
+README = FOLDER.parent.parent / "README.md"
+
+# what the README shows of a result file, and where: between two comments, of which the first names the file
+README_ROWS = r"^(b|c|f)/(dense|packed)/fp32|^b/packed/bf16|^b/packed-(bidir|2layer)|^b/dense-proj|^b/.*/fp64|^charlm"
+README_TABLE = re.compile(r"(?P<begin><!-- results: (?P<file>\S+) -->)\n.*?(?P<end><!-- end of results -->)", re.DOTALL)
+
+
+def label(row: Row) -> str:
+    """A row's shape letter, sizes, kind and dtype, for people."""
+    sizes = " ".join(f"{size}={value}" for size, value in row["shape"].items())
+    return f"{row['name'].split('/')[0]} ({sizes}) {row['kind'].replace('-', ' ')} {row['dtype']}"
+
+
+def cell(row: Row | None, column: str) -> str:
+    """`2.50x (8.1 to 3.2 ms)`, from stock's median to the column's, or why there is no figure."""
+    if row is None or column not in row["columns"]:
+        return ""
+    found, stock = row["columns"][column], next(iter(row["columns"].values()))
+    if not found["ms"] or not found["ratio"] or not stock["ms"]:
+        return "refused: " + found["status"].split(",")[0].split(":")[0]
+    text = f"{found['ratio']['median']:.2f}x ({milliseconds(stock['ms'])} to {milliseconds(found['ms'])} ms)"
+    return f"**{text}**" if verdict(found["ratio"]) == "slower" else text
+
+
+def readme_table(result: Result, pattern: str = "", column: str = OURS) -> str:
+    """Render the default suite's rows whose name matches `pattern`, forward and training side by side.
+
+    Figures that show a loss are set in bold, so that none hides.
+    """
+    pairs: dict[str, dict[bool, Row]] = {}
+    for row in result["rows"]:
+        if row["suite"] == "default" and re.search(pattern, row["name"]):
+            pairs.setdefault(label(row), {})[row["training"]] = row
+    lines = [
+        "| workload | forward, no_grad | forward and backward | tensor bytes at the peak, training |",
+        "|---|---|---|---|",
+    ]
+    for name, modes in pairs.items():
+        training = modes.get(True)
+        cells = [name, cell(modes.get(False), column), cell(training, column), memory(training, column)]
+        lines.append("| " + " | ".join(cells) + " |")
+    for job in result["jobs"]:
+        if re.search(pattern, job["name"]):
+            found = job["columns"][column]
+            stock = next(iter(job["columns"].values()))
+            lines.append(
+                f"| {job['name'].split('/')[0]}: {job['steps']} training steps on real text, "
+                f"{found['bits_per_character']:.3f} bits per character (stock {stock['bits_per_character']:.3f}) "
+                f"| | {found['ratio']['median']:.2f}x ({stock['seconds']:.1f} to {found['seconds']:.1f} s) | |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def fill_readme(readme: str) -> str:
+    """Return the README with the table between its markers made again from the result file that they name."""
+
+    def table(match: re.Match[str]) -> str:
+        result = load(README.parent / match["file"])
+        body = f"{readme_table(result, README_ROWS)}\n{provenance(result)}; `{result['command']}`"
+        return f"{match['begin']}\n{body}\n{match['end']}"
+
+    return README_TABLE.sub(table, readme)
+
+
+def memory(row: Row | None, column: str) -> str:
+    """The column's peak memory over stock's."""
+    if row is None or column not in row["columns"]:
+        return ""
+    own, stock = row["columns"][column]["peak_bytes"], next(iter(row["columns"].values()))["peak_bytes"]
+    return f"{own / stock:.2f}x" if own and stock else ""

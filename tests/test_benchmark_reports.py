@@ -1,0 +1,322 @@
+"""Result files are taken up, compared, and shown as tables, plot and page; the command ties it together."""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from benchmark_helpers import Scaled, make_column, make_result, make_row
+
+from benchmarks import charlm, results
+from benchmarks.measure import run_workload
+from benchmarks.peers import EAGER, OURS, PEERS, STOCK, Peer
+from benchmarks.readme import README, README_TABLE, fill_readme, readme_table
+from benchmarks.suites import SUITES
+from benchmarks.tables import markdown, tables
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_result_file_round_trip(tmp_path):
+    result = make_result()
+    results.save(result, tmp_path / "new" / "result.json")
+    assert results.load(tmp_path / "new" / "result.json") == result
+    results.save({**result, "schema": 0}, tmp_path / "old.json")
+    with pytest.raises(ValueError, match="schema 0"):
+        results.load(tmp_path / "old.json")
+    (tmp_path / "cut.json").write_text('{"schema": 2')
+    with pytest.raises(ValueError, match="not a result file"):
+        results.load(tmp_path / "cut.json")
+
+
+def test_a_file_of_schema_1_is_brought_up_to_date(tmp_path):
+    result: Any = make_result()
+    for key in ("source", "probe", "absent"):
+        result.pop(key)
+    for row in result["rows"]:
+        for key in ("suite", "budget_s", "flops", "weight_bytes"):
+            row.pop(key)
+        for column in row["columns"].values():
+            column.pop("errors")
+            column.pop("samples")
+    result |= {"schema": 1, "columns": list(result["columns"])}
+    (tmp_path / "old.json").write_text(json.dumps(result))
+    loaded = results.load(tmp_path / "old.json")
+    assert loaded.keys() == results.Result.__annotations__.keys()
+    assert loaded["rows"][0].keys() == results.Row.__annotations__.keys()
+    assert loaded["rows"][0]["columns"][OURS].keys() == results.Column.__annotations__.keys()
+    assert readme_table(loaded) == readme_table(make_result())
+
+
+def test_finished_rows_are_taken_up(tmp_path):
+    path = tmp_path / "result.json"
+    results.save(make_result(), path)
+    empty: Any = {**make_result(), "rows": [], "command": "another"}
+    empty["machine"] = {**empty["machine"], "load_1min": 7.0}
+    taken = results.taken_up(empty, path)
+    assert taken["rows"] == make_result()["rows"]
+    assert taken["command"] == "python -m benchmarks; another"
+    for key, value in (("source", "0"), ("settings", {"threads": 2}), ("versions", {}), ("machine", {"cpu": "other"})):
+        other: Any = {**empty, key: value}
+        assert results.taken_up(other, path)["rows"] == []
+    assert results.taken_up(empty, tmp_path / "none.json")["rows"] == []
+
+    assert results.has(taken, "default", "b/packed/fp32/train", [STOCK, OURS], 2.0)
+    assert not results.has(taken, "default", "b/packed/fp32/train", [STOCK, OURS], 3.0)
+    assert not results.has(taken, "default", "b/packed/fp32/train", [STOCK, "haste"], 2.0)
+    assert not results.has(taken, "varlen", "b/packed/fp32/train", [STOCK], 2.0)
+    results.add(taken, make_row("packed", True, 9.0))
+    assert len(taken["rows"]) == 3
+    assert taken["rows"][-1] == make_row("packed", True, 9.0)
+
+
+def test_markdown_shows_losers_in_bold():
+    table = readme_table(make_result())
+    assert table.splitlines()[2:] == [
+        "| b (T=100 B=16 I=64 H=128) packed fp32 | **0.80x (12.0 to 15.0 ms)** | 3.00x (12.0 to 4.00 ms) | 0.33x |",
+        "| b (T=100 B=16 I=64 H=128) dense fp32 |  | refused: wrong result |  |",
+    ]
+    assert "packed" not in readme_table(make_result(), "dense")
+    assert "| b/packed/fp32 | forward | **0.80** | 0.76-0.84 | 12.0 | 15.0 |" in markdown(make_result())
+    assert results.provenance(make_result()) == "a processor, 1 thread; torch 2.13.0; commit 0123456789; 2026-01-02"
+
+
+def test_committed_results_are_readable():
+    for path in results.committed():
+        result = results.load(path)
+        assert result["commit"], path
+        assert markdown(result)
+
+
+def test_plot_of_winner_loser_and_refusal(tmp_path):
+    plot = pytest.importorskip("benchmarks.plot", reason="needs matplotlib", exc_type=ImportError)
+    plot.draw(make_result(), tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    labels = [line.label for line in plot.lines(make_result())]
+    assert labels[0] == "dense input"
+    assert labels[2] == "packed input (variable lengths)"
+
+
+@pytest.mark.parametrize(
+    ("p20", "median", "p80", "expected"),
+    [
+        (1.01, 1.1, 1.2, "faster"),
+        (0.99, 1.1, 1.2, "even"),
+        (1.01, 1.02, 1.03, "even"),
+        (0.97, 0.98, 0.99, "even"),
+        (0.8, 0.9, 1.01, "even"),
+        (0.8, 0.9, 0.99, "slower"),
+    ],
+)
+def test_verdict(p20, median, p80, expected):
+    assert results.verdict({"p20": p20, "median": median, "p80": p80}) == expected
+
+
+def needs_extras():
+    for name in ("rich", "matplotlib", "psutil"):
+        pytest.importorskip(name, reason="needs the extra bench")
+
+
+def test_command_writes_figures_and_plot(tmp_path):
+    needs_extras()
+    path = tmp_path / "result.json"
+    arguments = ["--quick", "--device=cpu", "--threads=1", "--budget=0.01", "--filter=^g/", f"--json={path}"]
+    done = subprocess.run([sys.executable, "-m", "benchmarks", *arguments], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert str(path) in done.stdout
+    assert path.with_suffix(".png").exists()
+    assert path.with_suffix(".md").read_text().startswith("# fastlstm")
+    assert path.with_suffix(".html").as_uri() in done.stdout
+    result = results.load(path)
+    assert [row["name"] for row in result["rows"]] == ["g/dense/fp32/forward", "g/dense/fp32/train"]
+    assert result.keys() == results.Result.__annotations__.keys()
+    assert result["rows"][0].keys() == results.Row.__annotations__.keys()
+    assert list(result["columns"]) == list(result["rows"][0]["columns"]) == [STOCK, OURS, EAGER]
+    assert result["settings"]["threads"] == 1
+    assert shlex.split(result["command"]) == ["python", "-m", "benchmarks", *arguments]
+    assert result["versions"]["torch"] == torch.__version__
+    assert result["machine"]["cpu"]
+
+
+def test_interrupted_run_goes_on(tmp_path, monkeypatch):
+    needs_extras()
+    from benchmarks import __main__ as command
+
+    path, count = tmp_path / "result.json", []
+
+    def run_and_count(workload, *args, **kwargs):
+        count.append(workload.name)
+        if len(count) == 2:
+            raise KeyboardInterrupt
+        return run_workload(workload, *args, **kwargs)
+
+    monkeypatch.setattr(command, "run_workload", run_and_count)
+    monkeypatch.setattr(command, "source", lambda: "5eed")
+    monkeypatch.setattr(command, "probe", lambda *_: {"fp32": 1.0})
+    monkeypatch.setattr(sys, "argv", ["-"])
+    arguments = ["--suite=stack", "--device=cpu", "--budget=0.01", "--filter=^b/dense/fp32", f"--json={path}"]
+    assert command.main(arguments) == 0
+    assert len(results.load(path)["rows"]) == 1
+    assert command.main([*arguments, "--minutes=1e-9"]) == 0  # no time for a second row
+    assert len(count) == 2
+    assert command.main(arguments) == 0
+    assert count == ["b/dense/fp32/forward", "b/dense/fp32/train", "b/dense/fp32/train"]
+    assert command.main([*arguments, "--fresh", "--filter=^b/dense/fp32/forward"]) == 0
+    assert [row["name"] for row in results.load(path)["rows"]] == ["b/dense/fp32/forward"]
+
+
+def test_refusal_fails_the_command(tmp_path, monkeypatch, capsys):
+    needs_extras()
+    from benchmarks.__main__ import main
+
+    monkeypatch.setitem(PEERS, OURS, Peer(Scaled, ""))
+    status = main(["--device=cpu", "--budget=0.01", "--filter=^g/.*forward", f"--json={tmp_path / 'result.json'}"])
+    assert status == 1
+    printed = capsys.readouterr().out
+    assert "refused g/dense/fp32/forward, fastlstm: wrong result" in " ".join(printed.split())
+
+
+def test_command_lists_and_filters(capsys):
+    needs_extras()
+    from benchmarks.__main__ import main
+
+    assert main(["--device=cpu", "--list", "--filter=packed.*bf16|charlm"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    names = [line for line in lines if not line.startswith("column ")]
+    assert names[-1] == charlm.NAME
+    assert "b/packed/bf16/train" in names
+    assert all("bf16" in name for name in names[:-1])
+    assert any(line.startswith("column flashrnn: ") for line in lines)
+    assert main(["--device=cpu", "--filter=nothing like it"]) == 2
+
+
+def noisy_result(slowdown: float, seed: int, rows: int = 40, rounds: int = 60) -> results.Result:
+    """Rounds with the noise of a shared machine: it drifts, hits all columns alike, and each a little by itself."""
+    generator = np.random.default_rng(seed)
+    result = make_result()
+    result["rows"] = []
+    for index in range(rows):
+        row: Any = make_row("packed", True, 2.0)
+        row["name"] = f"{index}/packed/fp32/train"
+        drift = np.exp(0.15 * np.cumsum(generator.normal(size=rounds)) / rounds**0.5)
+        for name, ms in ((STOCK, 12.0), (OURS, 6.0 * (slowdown if index == 7 else 1.0))):
+            row["columns"][name]["samples"] = list(ms * drift * np.exp(0.05 * generator.normal(size=rounds)))
+        result["rows"].append(row)
+    return result
+
+
+def test_gate_sees_one_slower_row_and_nothing_else(tmp_path, capsys):
+    needs_extras()
+    from benchmarks.__main__ import main
+    from benchmarks.compare import compare
+
+    for seed in range(5):
+        alike = compare(noisy_result(1.0, seed), noisy_result(1.0, seed + 100))
+        assert {verdict.word for verdict in alike} <= {"even", "unclear"}
+    changed = list(compare(noisy_result(1.0, 0), noisy_result(1.2, 1)))
+    assert [verdict.name for verdict in changed if verdict.word == "slower"] == ["7/packed/fp32/train"]
+    verdict = changed[7]
+    assert verdict.low
+    assert verdict.high
+    assert verdict.low < 1 / 1.2 < verdict.high < 1
+    paths = [str(tmp_path / name) for name in ("old.json", "new.json", "other.json")]
+    for path, slowdown in zip(paths, (1.0, 1.2, 1.0), strict=True):
+        results.save(noisy_result(slowdown, 0), Path(path))
+    assert main(["compare", paths[0], paths[1]]) == 1
+    assert "7/packed/fp32/train slower" in " ".join(capsys.readouterr().out.split())
+    assert main(["compare", paths[1], paths[0]]) == 0  # faster
+    assert main(["compare", paths[0], paths[2]]) == 0
+    results.save({**make_result(), "rows": []}, Path(paths[2]))
+    assert main(["compare", paths[0], paths[2]]) == 2
+
+
+def test_gate_says_unclear_where_noise_hides_the_answer():
+    from benchmarks.compare import compare
+
+    old: Any = noisy_result(1.0, 0, rows=40)
+    new: Any = noisy_result(1.0, 1, rows=40)
+    generator = np.random.default_rng(2)
+    for row in old["rows"] + new["rows"]:
+        own = row["columns"][OURS]
+        own["samples"] = [sample * math.exp(0.6 * generator.normal()) for sample in own["samples"]]
+    verdicts = list(compare(old, new))
+    assert {verdict.word for verdict in verdicts} == {"unclear"}
+    assert any(verdict.change and verdict.change < 0.9 for verdict in verdicts)
+
+
+def test_gate_sees_refusals_memory_and_missing_samples():
+    from benchmarks.compare import compare
+
+    old: Any = noisy_result(1.0, 0, rows=4)
+    new: Any = noisy_result(1.0, 0, rows=4)
+    new["rows"][0]["columns"][OURS] = make_column(None)
+    new["rows"][1]["columns"][OURS]["peak_bytes"] *= 2
+    new["rows"][2]["columns"][OURS]["samples"] = new["rows"][2]["columns"][STOCK]["samples"] = []
+    new["rows"][3]["route"] = "elsewhere"
+    verdicts = list(compare(old, new))
+    assert [verdict.word for verdict in verdicts] == ["refused", "more memory", "unclear", "even"]
+    assert "route" in verdicts[3].note
+
+
+def make_full_result() -> Any:
+    """Rows of every suite, so that the page has every chart and table."""
+    result = make_result()
+    result["absent"]["<peer>"] = "not <there>"
+    for suite in SUITES:
+        for T in (16, 64, 256):
+            row: Any = make_row("dense", True, 0.5 if T == 64 else 2.0)
+            row |= {"suite": suite, "name": f"{suite}-{T}/dense/fp32/train", "shape": {**row["shape"], "T": T}}
+            row["columns"][OURS]["errors"] = {"output": 1e-7, "dx": 1e-6, "dweight_hh_l0": None}
+            result["rows"].append(row)
+    return result
+
+
+def test_page_stands_alone_and_shows_everything(tmp_path):
+    needs_extras()
+    from benchmarks.charts import charts
+    from benchmarks.page import NOTES, write_page
+
+    result = make_full_result()
+    drawn = list(charts(result))
+    assert {chart.section for chart in drawn} == NOTES.keys()
+    page = write_page(result, tmp_path / "page.html").read_text()
+    parser = HTMLParser()
+    seen = []
+    parser.handle_starttag = lambda tag, attrs: seen.append((tag, dict(attrs)))
+    parser.feed(page)
+    assert sum(tag == "svg" for tag, _ in seen) == len(drawn) + 1 == sum(tag == "figure" for tag, _ in seen)
+    assert not [attrs for tag, attrs in seen if tag in ("script", "link", "img", "iframe")]
+    resources = [attrs[key] for _, attrs in seen for key in ("src", "href", "xlink:href") if key in attrs]
+    assert all(address.startswith("#") for address in resources)
+    assert "@import" not in page
+    assert "url(http" not in page
+    assert page.count(results.provenance(result)) >= len(drawn) + len(list(tables(result)))  # under each of them
+    assert "not &lt;there&gt;" in page
+    assert any("slower" in (attrs.get("class") or "") for tag, attrs in seen if tag == "td")
+    assert (tmp_path / "page.md").read_text() == markdown(result)
+    again = write_page(result, tmp_path / "again.html").read_text()
+    assert again == page
+
+
+def test_commit_outside_git(monkeypatch, tmp_path):
+    needs_extras()
+    from benchmarks import machine
+
+    monkeypatch.setattr(machine, "ROOT", tmp_path)
+    assert machine.commit() == (None, None)
+
+
+def test_readme_shows_the_committed_figures():
+    readme = README.read_text()
+    assert README_TABLE.search(readme)
+    assert fill_readme(readme) == readme, "run `make plot`"

@@ -1,0 +1,126 @@
+"""Layouts of the kernels for a table of devices, none of which is needed."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from devices import GPUS
+
+from fastlstm.plans import Plan, candidates, choose, every_plan
+from fastlstm.problem import Problem
+
+LARGEST_RESIDENT = {  # H in 16 bit, H in float32
+    "RTX 3090": (64, 64),
+    "A100": (128, 64),
+    "L4": (64, 64),
+    "RTX 4090": (64, 64),
+    "H100": (128, 64),
+    "H200": (128, 64),
+    "B200": (128, 64),
+    "RTX 5090": (64, 64),
+    "MI300X": (64, 64),
+}
+
+
+def problem(**given) -> Problem:
+    return Problem(**{"T": 100, "B": 16, "I": 64, "H": 64, **given})
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("gpu", GPUS)
+def test_resident_as_far_as_it_fits(gpu, backward):
+    for dtype, largest in zip((torch.bfloat16, torch.float32), LARGEST_RESIDENT[gpu], strict=True):
+        for H in (1, 16, 17, 33, 64, 65, 100, 128, 129, 1024):
+            plan = choose(problem(H=H, dtype=dtype), GPUS[gpu], backward)
+            assert (plan.regime == "resident") == (largest >= H), (H, dtype)
+            if plan.regime == "resident":
+                assert max(H, 16) <= plan.BLOCK_H < 2 * max(H, 16)
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+def test_plans_enumerates_what_choose_returns(gpu):
+    device = GPUS[gpu]
+    for dtype, tf32 in ((torch.float16, True), (torch.bfloat16, True), (torch.float32, True), (torch.float32, False)):
+        enumerated = {(backward, plan) for _, backward, plan in every_plan(dtype, device.target, tf32)}
+        chosen = {
+            (backward, dataclasses.replace(plan, groups=0))
+            for H in (*range(1, 1600, 9), 128, 512, 1024, 1536, 4096)
+            for B in (1, 8, 16, 17, 64, 1000)
+            for D in (1, 2)
+            for backward in (False, True)
+            for plan in candidates(problem(H=H, B=B, D=D, dtype=dtype, tf32=tf32), device, backward)
+        }
+        assert chosen <= enumerated
+        # only those persistent plans whose programs this very card can hold
+        assert all(plan.kernel == "persistent" for _, plan in enumerated - chosen)
+
+
+def columns(plan: Plan, H: int) -> int:
+    """How many columns of W_hh the chunks of a plan cover."""
+    kept = plan.KEPT * plan.BLOCK_K
+    return kept + -(-(H - kept) // plan.TAIL_K) * plan.TAIL_K
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("gpu", GPUS)
+def test_programs_that_meet_are_on_the_chip_at_once(gpu, backward):
+    device = GPUS[gpu]
+    for H in (256, 300, 512, 768, 1024, 1500, 1700, 2048, 4096):
+        for B in (1, 16, 17, 64, 128, 1000):
+            for dtype in (torch.bfloat16, torch.float32):
+                for plan in candidates(problem(H=H, B=B, D=2, dtype=dtype), device, backward):
+                    if plan.kernel != "persistent":
+                        continue
+                    assert plan.groups >= 1
+                    assert device.processors >= -(-H // plan.BLOCK_H) * plan.groups
+                    assert plan.KEPT * plan.BLOCK_K < H <= columns(plan, H) < 2 * H
+                    if plan.regime == "persistent":
+                        assert columns(plan, H) == plan.KEPT * plan.BLOCK_K + plan.TAIL_K
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("gpu", GPUS)
+def test_what_keeps_programs_from_meeting(gpu, backward):
+    device = GPUS[gpu]
+    assert choose(problem(H=512, dtype=torch.float16), device, backward).regime == "persistent"
+    # a share of the card too small for one group
+    share = dataclasses.replace(device, processors=15)
+    plans = candidates(problem(H=512, dtype=torch.float16), share, backward)
+    assert [plan.regime for plan in plans] == ["stepwise"]
+    if device.kind == "cuda":  # no matrix instructions
+        plan = choose(problem(H=512, tf32=False), device, backward)
+        assert plan.regime == "stepwise"
+
+
+def test_what_does_not_fit_the_chip_streams():
+    for H, regime in ((1536, "persistent"), (1537, "streaming"), (2048, "streaming"), (2049, "stepwise")):
+        for backward in (False, True):
+            assert choose(problem(H=H, dtype=torch.float16), GPUS["H100"], backward).regime == regime
+    # an A100 has fewer multiprocessors than H = 2048 has programs
+    assert choose(problem(H=2048, dtype=torch.float16), GPUS["A100"]).regime == "stepwise"
+
+
+def test_more_rows_take_wider_tiles_then_more_launches_then_steps():
+    def plans(B: int) -> list[tuple[str, int]]:
+        found = candidates(problem(H=1024, B=B, dtype=torch.float16), GPUS["H100"])
+        return [(plan.regime, plan.BLOCK_B) for plan in found]
+
+    # two groups of 64 programs at once
+    assert plans(16) == [("persistent", 16), ("stepwise", 16)]
+    assert plans(32) == [("persistent", 16), ("persistent", 32), ("stepwise", 64)]
+    assert plans(128) == [("persistent", 32), ("persistent", 16), ("stepwise", 64)]
+    assert plans(1024) == [("stepwise", 64), ("persistent", 32), ("persistent", 16)]
+
+
+def test_odd_sizes_do_not_pay_for_the_next_power_of_two():
+    for H, most in ((650, 768), (768, 768), (1100, 1152), (1500, 1536), (1600, 1792)):
+        for backward in (False, True):
+            plan = choose(problem(H=H, dtype=torch.float16), GPUS["H100"], backward)
+            assert most >= columns(plan, H)
+
+
+def test_length_never_matters_to_a_plan():
+    for T in (1, 16, 1000, 70_000):
+        assert choose(problem(T=T), GPUS["H100"]) == choose(problem(), GPUS["H100"])
