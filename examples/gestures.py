@@ -98,7 +98,7 @@ def nearest_neighbour(train: Recordings, test: Recordings) -> float:
     return float(neighbours.score(resampled(test), test.classes))
 
 
-def learn(name: str, steps: int) -> dict[str, float]:
+def learn(name: str, smoke: bool) -> dict[str, float]:
     """Train on one set; return the accuracy on its test recordings, and the baselines'."""
     train, test = read(*SETS[name])
     model = Classifier(train.frames[0].size(1), int(train.classes.max()) + 1)
@@ -108,8 +108,8 @@ def learn(name: str, steps: int) -> dict[str, float]:
         logits = model([stretch(train.frames[index]) for index in batch])
         return nn.functional.cross_entropy(logits, train.classes[batch], label_smoothing=0.05)
 
-    fit(model, lambda: loss(model), steps, learning_rate=0.01)
-    explain_and_compare(model, loss)
+    fit(model, lambda: loss(model), 10 if smoke else 500, learning_rate=0.01)
+    explain_and_compare(model, loss, rounds=3 if smoke else 15)
 
     model.eval()
     with torch.no_grad():
@@ -123,7 +123,7 @@ def learn(name: str, steps: int) -> dict[str, float]:
 def main() -> None:
     """Train one model per set and compare each with the majority and with the nearest neighbour."""
     options = arguments(__doc__)
-    results = {name: learn(name, 10 if options.smoke else 500) for name in SETS}
+    results = {name: learn(name, options.smoke) for name in SETS}
 
     colors = (BASELINE_COLOR, ACCENT_COLOR, LSTM_COLOR)
     with figure(options, panels=4, size=(10, 3)) as (*signals, bars):

@@ -107,7 +107,7 @@ def main() -> None:
     """Train, compare with n-grams, and compose."""
     options = arguments(__doc__)
     paths = sorted((Path(str(files("music21"))) / "corpus" / "bach").glob("*.mxl"))
-    melodies = [melody for melody in map(read_soprano, paths[: 40 if options.smoke else None]) if melody]
+    melodies = [melody for melody in map(read_soprano, paths[: 30 if options.smoke else None]) if melody]
     alphabet = sorted({pair for melody in melodies for pair in melody}, key=str)
     number = {pair: index for index, pair in enumerate(alphabet, start=1)}
     tunes: defaultdict[tuple, list[Tensor]] = defaultdict(list)
@@ -123,8 +123,8 @@ def main() -> None:
     def loss(model: Melodist, batch: list[Tensor]) -> Tensor:
         return nn.functional.cross_entropy(*model(batch))
 
-    fit(model, lambda: loss(model, random.sample(seen, BATCH)), 20 if options.smoke else 1000, learning_rate=0.004)
-    explain_and_compare(model, lambda each: loss(each, seen[:BATCH]))
+    fit(model, lambda: loss(model, random.sample(seen, BATCH)), 10 if options.smoke else 1000, learning_rate=0.004)
+    explain_and_compare(model, lambda each: loss(each, seen[:BATCH]), rounds=3 if options.smoke else 15)
 
     model.eval()
     with torch.no_grad():

@@ -187,7 +187,7 @@ def _decide_cpu(problem: Problem) -> tuple[str, str, str]:
     if _onednn_has(p.dtype):
         # stock, too, sees that a packed batch with one run is dense
         if p.runs <= 1 and not p.P:
-            if p.T == 1 and p.B <= 16 and not p.training:
+            if p.T == 1 and p.B <= 8 and not p.training:
                 return "torch", "step", "For one step oneDNN's layout of the weights costs more than torch's cell."
             return "torch", "stock", "Stock's own op runs a dense batch in one oneDNN call a layer."
         if not (obstacle := _obstacle_to_chunks(p)):
