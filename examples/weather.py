@@ -4,8 +4,8 @@
     [T, B, 7]                      [T, B, 7, 3]                                           10, 50 and 90 %
 
 Days are consecutive and every one of them is a training example, so a batch is B stretches of T days. What is
-learned is the departure from the climate, the mean of the season. The last year is the test; it was never seen, not
-even to compute the climate. Forecasting it takes one pass, the state carried through all four years.
+learned is the departure from the climate, the mean of the season. The last year is the test; nothing is fitted to
+it, not even the climate. Forecasting it takes one pass, the state carried through all four years.
 
 Data: four years of Seattle's weather, as shipped in vega_datasets (from NOAA).
 """

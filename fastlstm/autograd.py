@@ -165,6 +165,17 @@ def _(batch_sizes):
     return batch_sizes.new_empty(torch.library.get_ctx().new_dynamic_size())
 
 
+@torch.library.custom_op("fastlstm::zero_states", mutates_args=())
+def zero_states(data: Tensor, rows: int, B: int, H: int) -> Tensor:
+    """Return zeros [rows, B, H] like `data`; of `new_zeros` inductor would make a kernel and compile it."""
+    return data.new_zeros(rows, B, H)
+
+
+@zero_states.register_fake
+def _(data, rows, B, H):
+    return data.new_empty(rows, B, H)
+
+
 @torch.library.custom_op("fastlstm::lstm_forward", mutates_args=())
 def lstm_forward(
     x: Tensor,

@@ -215,8 +215,13 @@ def flatten(network: Network, weights: list[Tensor]) -> None:
 
 def _zero_states(network: Network, data: Tensor, B: int) -> States:
     rows = network.num_layers * (2 if network.bidirectional else 1)
-    c0 = data.new_zeros((rows, B, network.hidden_size))
-    return (data.new_zeros((rows, B, network.proj_size)) if network.proj_size else c0), c0
+    compiling = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+
+    def zeros(width: int) -> Tensor:
+        return autograd.zero_states(data.detach(), rows, B, width) if compiling else data.new_zeros((rows, B, width))
+
+    c0 = zeros(network.hidden_size)
+    return (zeros(network.proj_size) if network.proj_size else c0), c0
 
 
 def _decide(

@@ -182,24 +182,27 @@ def test_the_kernels_when_compiled():
     assert_close(run(compiled, x, None), run_lstm(stock, x), dtype=torch.float32)
 
 
-def test_time_to_compile():
+@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
+def test_time_to_compile(training):
     """A 2-layer LSTM over 256 steps takes about as long as a 2-layer MLP, so not a step of it is traced.
 
-    About twice is measured: inductor has C++ kernels compiled for the zero states and for joining h_n and c_n.
+    1.2 times is measured, in either mode; dynamo has more to read, inductor has as many kernels to make.
     """
     lstm = fastlstm.LSTM(16, 16, num_layers=2, backend="reference")
     mlp = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh())
     x = torch.randn(256, 2, 16)
 
-    def seconds(model):
+    def seconds(model: nn.Module) -> float:
         torch.compiler.reset()
         started = os.times()
-        with config.patch(force_disable_caches=True, compile_threads=1), torch.no_grad():
-            torch.compile(model, fullgraph=True)(x)
+        with config.patch(force_disable_caches=True, compile_threads=1), torch.set_grad_enabled(training):
+            results = torch.compile(model, fullgraph=True)(x)
+            if training:
+                (results if model is mlp else results[0]).sum().backward()
         return sum(os.times()[:4]) - sum(started[:4])  # of the C++ compiler that inductor starts, too
 
     for model in (mlp, lstm):
         seconds(model)  # what is imported and started once
-    ratio = seconds(lstm) / seconds(mlp)
+    ratio = min(seconds(lstm) for _ in range(2)) / min(seconds(mlp) for _ in range(2))
     print(f"compile time over an MLP's: {ratio:.2f}")
-    assert ratio < 3
+    assert ratio < 1.5

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = sorted({path.stem for path in (ROOT / "examples").glob("*.py")} - {"common", "distributed"})
 # what an example needs beside the extra bench
 PACKAGES = {
-    "gestures": ("aeon",),
+    "gestures": ("aeon", "sklearn"),
     "music": ("music21",),
     "sentiment": ("vaderSentiment", "sklearn"),
     "streaming": ("aeon",),

@@ -9,7 +9,7 @@ import torch
 from helpers import Layer, assert_close, make_layer_inputs, run_lstm
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastlstm.autograd import by_kind, first_step, lstm_backward, lstm_forward, spread
+from fastlstm.autograd import by_kind, first_step, lstm_backward, lstm_forward, spread, zero_states
 
 SHAPE = {"I": 7, "H": 5, "lengths": (4, 3, 3)}
 
@@ -154,5 +154,6 @@ def test_ops_keep_their_contracts(D, P, bias, packed, save):
     forward, backward = op_arguments(D, P, bias, packed, save)
     torch.library.opcheck(lstm_forward, forward)
     torch.library.opcheck(lstm_backward, backward)
+    torch.library.opcheck(zero_states, (forward[0].detach(), D, 3, 4))
     if packed:
         torch.library.opcheck(first_step, (forward[4],))
