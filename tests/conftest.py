@@ -15,6 +15,8 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import pytest
 
+from fastlstm.dispatch import has_triton, interpreting
+
 # the same sums in the same order on every machine; pytest-xdist is what fills the cores
 torch.set_num_threads(1)
 
@@ -36,3 +38,26 @@ def _poisoned_memory():
 def _full_float32(monkeypatch: pytest.MonkeyPatch):
     """Hold float32 on a GPU to its own tolerance: TF32, which cuDNN takes by default, has a tenth of its digits."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _rounded_bfloat16():
+    """Have Triton's interpreter round float32 to the nearest bfloat16, as every GPU does; it cuts."""
+    if not (interpreting() and has_triton()):
+        yield
+        return
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    convert = interpreter._convert_float
+
+    def rounded(input, input_dtype, output_dtype, rounding_mode):
+        if (input_dtype, output_dtype) != (tl.float32, tl.bfloat16):
+            return convert(input, input_dtype, output_dtype, rounding_mode)
+        values = torch.from_numpy(np.array(input).view(np.float32).reshape(input.shape))
+        return values.bfloat16().view(torch.uint16).numpy()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "_convert_float", rounded)
+        yield

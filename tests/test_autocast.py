@@ -57,8 +57,7 @@ def test_results_have_the_dtypes_of_stock(form, options, low, backend):
             assert {name: value.dtype for name, value in results.items()} == {
                 name: value.dtype for name, value in expected.items()
             }, (x_dtype, state_dtype)
-            if backend != "triton":  # test_kernels.py judges those by other inputs
-                assert_close(results, truth, expected, dtype=low)
+            assert_close(results, truth, expected, dtype=low)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
