@@ -11,21 +11,16 @@ import functools
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 from torch.nn.utils.rnn import PackedSequence
 
-from fastlstm import autocast, autograd, checks, cpu, dispatch, tuning
+from fastlstm import autocast, autograd, checks, cpu, dispatch, stock, tuning
 from fastlstm.checks import Network, States
 from fastlstm.problem import Device, Problem, allows_tf32, device_of
-
-# torch._VF looks the op up on every call
-_stock_lstm: Any = torch._VF.lstm  # pyright: ignore[reportAttributeAccessIssue]
-_stock_cell: Any = torch._VF.lstm_cell  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @dataclass
@@ -46,7 +41,7 @@ class Stateless:
 
     def weights_for_cudnn(self, weights: list[Tensor]) -> list[Tensor]:
         """Return copies: the caller's tensors stay where they are."""
-        return flat_copies(self, weights)
+        return stock.flat_copies(self, weights)
 
 
 def lstm(
@@ -120,9 +115,9 @@ def forward(
     """Run `network` with `weights` (torch's flat order) over any form of input: what `nn.LSTM.forward` does."""
     data, batch_sizes, states, decision = prepare(network, weights, input, hx)
     if decision.regime == "step":
-        output, h_n, c_n = _run_step(network, weights, data, states)
+        output, h_n, c_n = stock.run_step(network, weights, data, states)
     elif decision.backend == "torch":
-        output, h_n, c_n = _run_stock(network, weights, data, batch_sizes, states, decision.problem.training)
+        output, h_n, c_n = stock.run(network, weights, data, batch_sizes, states, decision.problem.training)
     else:
         output, h_n, c_n = _run_layers(network, weights, data, batch_sizes, states, decision.implementation)
 
@@ -192,25 +187,6 @@ def permute(hx: States, order: Tensor | None) -> States:
     if order is None:
         return hx
     return hx[0].index_select(1, order), hx[1].index_select(1, order)
-
-
-def flat_copies(network: Network, weights: list[Tensor]) -> list[Tensor]:
-    """Return differentiable copies of the weights in the one buffer that cuDNN reads.
-
-    Without it ATen makes the same copy inside the op on every call, and warns about it.
-    """
-    copies = [weight.clone() for weight in weights]
-    flatten(network, copies)
-    return copies
-
-
-def flatten(network: Network, weights: list[Tensor]) -> None:
-    """Move the storage of each weight into one buffer in cuDNN's layout, as `nn.RNNBase` does; values stay."""
-    names = ("input_size", "hidden_size", "proj_size", "num_layers", "bias", "batch_first", "bidirectional")
-    sizes = {name: getattr(network, name) for name in names}
-    holder: Any = SimpleNamespace(mode="LSTM", _flat_weights=weights, _flat_weights_names=weights, **sizes)
-    with torch.inference_mode(False):  # or the parameters themselves would become inference tensors, for good
-        nn.RNNBase.flatten_parameters(holder)
 
 
 def _zero_states(network: Network, data: Tensor, B: int) -> States:
@@ -304,7 +280,7 @@ def trial(problem: Problem, device: torch.device, backend: str) -> Callable[[], 
 
     weights = [uniform(p.H**-0.5, *shape) for shape in shapes]  # as nn.LSTM has them at first
     network = _Flat(p.I, p.H, p.P, p.L, True, False, 0.0, p.D == 2, p.training, backend)
-    flatten(network, weights)
+    stock.flatten(network, weights)
     if p.runs:  # half of the rows' lengths lie between T/2 and T
         batch_sizes = torch.tensor([max(1, min(p.B, 2 * p.B * (p.T - t) // p.T)) for t in range(p.T)])
         data = uniform(1, int(batch_sizes.sum()), p.I)
@@ -322,45 +298,6 @@ def trial(problem: Problem, device: torch.device, backend: str) -> Callable[[], 
         return [result.detach() for result in results]
 
     return run
-
-
-def _run_stock(
-    network: Network,
-    weights: list[Tensor],
-    data: Tensor,
-    batch_sizes: Tensor | None,
-    states: States,
-    training: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Call stock's own op for the whole network."""
-    train, dropout = network.training, network.dropout
-    if data.is_cuda:
-        weights = network.weights_for_cudnn(weights)
-        states = (states[0].contiguous(), states[1].contiguous())  # cuDNN refuses other strides
-        if training and not train:
-            # cuDNN saves for backward in training mode only; without dropout the two modes compute the same
-            train, dropout = True, 0.0
-    flags = (network.bias, network.num_layers, dropout, train, network.bidirectional)
-    if batch_sizes is None:
-        return _stock_lstm(data, states, weights, *flags, network.batch_first)
-    return _stock_lstm(data, batch_sizes, states, weights, *flags)
-
-
-def _run_step(network: Network, weights: list[Tensor], data: Tensor, states: States) -> tuple[Tensor, Tensor, Tensor]:
-    """Run one time step, without a projection, by torch's cell: a direction is no more than a set of weights."""
-    checks.check_alike(data, states, weights)
-    h0, c0 = states
-    D = 2 if network.bidirectional else 1
-    rows = data.flatten(0, -2)
-    stepped: list[States] = []
-    for k, (w_ih, w_hh, b_ih, b_hh, _) in enumerate(autograd.directions(weights, network.num_layers * D)):
-        stepped.append(_stock_cell(rows, (h0[k], c0[k]), w_ih, w_hh, b_ih, b_hh))
-        if (k + 1) % D == 0:
-            rows = torch.cat([h for h, _ in stepped[-D:]], 1)
-            if network.dropout and network.training and k + 1 < len(h0):
-                rows = F.dropout(rows, network.dropout)
-    h_n, c_n = (torch.stack(states) for states in zip(*stepped, strict=True))
-    return rows.view(*data.shape[:-1], -1), h_n, c_n
 
 
 def _run_layers(

@@ -15,12 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from fastlstm import checks, dispatch, functional
+from fastlstm import checks, dispatch, functional, stock
 from fastlstm.checks import States
 from fastlstm.dispatch import Decision
-
-# torch._VF looks the op up on every call
-_stock_cell: Any = torch._VF.lstm_cell  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class LSTM(nn.RNNBase):
@@ -154,8 +151,8 @@ class LSTM(nn.RNNBase):
             return weights
         tied = len(set(pointers)) < len(pointers)
         if tied or not all(self._may_move(weight) for weight in weights):
-            return functional.flat_copies(self, weights)
-        functional.flatten(self, weights)
+            return stock.flat_copies(self, weights)
+        stock.flatten(self, weights)
         self._flat_pointers = [weight.data_ptr() for weight in weights]
         self._flat_storage = weights[0].untyped_storage().data_ptr()
         return weights
@@ -260,7 +257,7 @@ class LSTMCell(nn.LSTMCell):
         if hx is None:
             zeros = input.new_zeros(input.size(0), self.hidden_size)
             hx = (zeros, zeros)
-        return _stock_cell(input, hx, *(parameters[name] for name in names))
+        return stock.lstm_cell(input, hx, *(parameters[name] for name in names))
 
     def extra_repr(self) -> str:
         """Return torch's own, and the backend where it is not "auto"."""

@@ -10,7 +10,7 @@ from pairs import assert_same, make_pair
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from fastlstm import functional
+from fastlstm import stock as stock_ops
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def flattened(monkeypatch):
             for weight, part in zip(weights, buffer.split([w.numel() for w in weights]), strict=True):
                 weight.set_(part.view_as(weight))  # pyright: ignore
 
-    monkeypatch.setattr(functional, "flatten", flatten)
+    monkeypatch.setattr(stock_ops, "flatten", flatten)
     return calls
 
 

@@ -1,0 +1,75 @@
+"""Stock's own ops: a whole network by `torch._VF.lstm`, a step by `lstm_cell`, and the one buffer that cuDNN reads."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+from fastlstm import autograd, checks
+from fastlstm.checks import Network, States
+
+# torch._VF looks an op up on every call
+lstm_cell: Any = torch._VF.lstm_cell  # pyright: ignore[reportAttributeAccessIssue]
+_lstm: Any = torch._VF.lstm  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def run(
+    network: Network,
+    weights: list[Tensor],
+    data: Tensor,
+    batch_sizes: Tensor | None,
+    states: States,
+    training: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Call stock's op for the whole network; `training` says whether a backward pass will follow."""
+    train, dropout = network.training, network.dropout
+    if data.is_cuda:
+        weights = network.weights_for_cudnn(weights)
+        states = (states[0].contiguous(), states[1].contiguous())  # cuDNN refuses other strides
+        if training and not train:
+            # cuDNN saves for backward in training mode only; without dropout the two modes compute the same
+            train, dropout = True, 0.0
+    flags = (network.bias, network.num_layers, dropout, train, network.bidirectional)
+    if batch_sizes is None:
+        return _lstm(data, states, weights, *flags, network.batch_first)
+    return _lstm(data, batch_sizes, states, weights, *flags)
+
+
+def run_step(network: Network, weights: list[Tensor], data: Tensor, states: States) -> tuple[Tensor, Tensor, Tensor]:
+    """Run one time step, without a projection, by torch's cell: a direction is no more than a set of weights."""
+    checks.check_alike(data, states, weights)
+    h0, c0 = states
+    D = 2 if network.bidirectional else 1
+    rows = data.flatten(0, -2)
+    stepped: list[States] = []
+    for k, (w_ih, w_hh, b_ih, b_hh, _) in enumerate(autograd.directions(weights, network.num_layers * D)):
+        stepped.append(lstm_cell(rows, (h0[k], c0[k]), w_ih, w_hh, b_ih, b_hh))
+        if (k + 1) % D == 0:
+            rows = torch.cat([h for h, _ in stepped[-D:]], 1)
+            if network.dropout and network.training and k + 1 < len(h0):
+                rows = F.dropout(rows, network.dropout)
+    h_n, c_n = (torch.stack(states) for states in zip(*stepped, strict=True))
+    return rows.view(*data.shape[:-1], -1), h_n, c_n
+
+
+def flat_copies(network: Network, weights: list[Tensor]) -> list[Tensor]:
+    """Return differentiable copies of the weights in the one buffer that cuDNN reads.
+
+    Without it ATen makes the same copy inside the op on every call, and warns about it.
+    """
+    copies = [weight.clone() for weight in weights]
+    flatten(network, copies)
+    return copies
+
+
+def flatten(network: Network, weights: list[Tensor]) -> None:
+    """Move the storage of each weight into one buffer in cuDNN's layout, as `nn.RNNBase` does; values stay."""
+    names = ("input_size", "hidden_size", "proj_size", "num_layers", "bias", "batch_first", "bidirectional")
+    sizes = {name: getattr(network, name) for name in names}
+    holder: Any = SimpleNamespace(mode="LSTM", _flat_weights=weights, _flat_weights_names=weights, **sizes)
+    with torch.inference_mode(False):  # or the parameters themselves would become inference tensors, for good
+        nn.RNNBase.flatten_parameters(holder)
