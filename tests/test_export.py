@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from typing import Any
@@ -140,6 +141,22 @@ def test_decomposed_runs_where_fastlstm_is_absent(tmp_path):
         "torch.testing.assert_close(list(got), expected)\n"
     )
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, cwd=tmp_path)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="AOTInductor needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore")  # inductor's own
+@pytest.mark.parametrize("decomposed", [False, True], ids=["our ops", "torch's ops"])
+def test_aot_inductor(decomposed, tmp_path):
+    """Compiled ahead of time, both forms run any length: ours from Python, torch's own wherever its package goes."""
+    stock, ours, program = export({})
+    if decomposed:
+        program = program.run_decompositions(fastlstm.export.decompositions())
+    package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "lstm.pt2"))
+    compiled = torch._inductor.aoti_load_package(package)
+    for T, B in ((9, 3), (2, 6)):
+        inputs = arguments(ours.lstm, T, B, False)
+        with torch.no_grad():
+            assert_equal(compiled(*inputs), stock(*inputs))
 
 
 # the exporter's own warnings: of an onnx it does not know, and of its use of deprecated functions
