@@ -9,6 +9,7 @@ each gradient that is asked for.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -38,7 +39,7 @@ def lstm_layer(
     """Run the D directions of one layer over rows (`reference.py` says how rows are laid out).
 
     Args:
-        x: [N, I].
+        x: [N, I], or dense rows as [T, B, I].
         h0: [D, B, P] (P is H without projection).
         c0: [D, B, H].
         weights: one tuple (w_ih, w_hh, b_ih, b_hh, w_hr) a direction; biases and w_hr may be None.
@@ -48,7 +49,7 @@ def lstm_layer(
         recompute: whether backward makes the activated gates again instead of finding them saved.
 
     Returns:
-        output [N, D*P], h_n [D, B, P], c_n [D, B, H].
+        output [N, D*P] (or [T, B, D*P]; never a view), h_n [D, B, P], c_n [D, B, H].
     """
     flat = [weight for direction in weights for weight in direction]
     if transformed():
@@ -94,7 +95,14 @@ def _differentiable(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run the layer in plain torch ops, with nothing in place."""
     w_ih, bias, w_hh, w_hr = by_kind(flat)
-    return reference.lstm_differentiable(F.linear(x, w_ih, bias), h0, c0, w_hh, w_hr, batch_sizes)
+    gates_x = F.linear(_rows(x), w_ih, bias)
+    output, h_n, c_n = reference.lstm_differentiable(gates_x, h0, c0, w_hh, w_hr, batch_sizes)
+    return output.view(*x.shape[:-1], output.shape[1]), h_n, c_n
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """Return [N, K] of [N, K] or [T, B, K]; unlike `flatten`, under the older of torch's vmaps too."""
+    return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
 
 
 def _times_weight(rows: Tensor, weight: Tensor) -> Tensor:
@@ -187,7 +195,7 @@ def lstm_forward(
     recompute: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Run one layer: the input GEMM x [N, I] -> [N, D*4H], then `reference.lstm_forward` says what.
+    """Run one layer: the input GEMM x [N, I] or [T, B, I] -> [N, D*4H], then `reference.lstm_forward` says what.
 
     weights are those of each direction in torch's flat order, none of them missing or None. Of what is saved, the
     gates are left out (of size 0) if `recompute`.
@@ -195,20 +203,22 @@ def lstm_forward(
     if batch_sizes is not None:
         checks.check_rows(batch_sizes, len(x), h0.shape[1])
     w_ih, bias, w_hh, w_hr = by_kind(spread(weights, len(h0)))
-    gates_x = F.linear(x, w_ih, bias)
+    gates_x = F.linear(_rows(x), w_ih, bias)
     run = _recurrence("lstm_forward", backend, c0)
-    *results, gates, cells = run(gates_x, h0, c0, w_hh, w_hr, batch_sizes, save)
-    return *results, gates.new_empty(0) if recompute else gates, cells
+    output, h_n, c_n, gates, cells = run(gates_x, h0, c0, w_hh, w_hr, batch_sizes, save)
+    # what it is of goes out of scope here, so it need not be known as a view
+    output = torch.ops.aten._unsafe_view(output, (*x.shape[:-1], output.shape[1]))
+    return output, h_n, c_n, gates.new_empty(0) if recompute else gates, cells
 
 
 @lstm_forward.register_fake
 def _(x, h0, c0, weights, batch_sizes, save, recompute, backend):
-    N = x.shape[0]
+    N = math.prod(x.shape[:-1])
     D, B, P = h0.shape
     H = c0.shape[2]
     cells_dtype = reference.accumulation_dtype(x.dtype)
     return (
-        x.new_empty(N, D * P),
+        x.new_empty(*x.shape[:-1], D * P),
         x.new_empty(D, B, P),
         x.new_empty(D, B, H),
         x.new_empty((N, D * 4 * H) if save and not recompute else 0),
@@ -224,10 +234,10 @@ def _save_for_backward(ctx: Any, inputs: tuple, output: tuple) -> None:
     cells are float64). With `recompute` the gates are not kept: 4H bytes (8H in float64).
     """
     x, h0, c0, weights, batch_sizes, save, recompute, backend = inputs
-    rows, _, _, gates, cells = output
+    output_rows, _, _, gates, cells = output
     ctx.mark_non_differentiable(gates, cells)
     ctx.set_materialize_grads(False)  # no zeros in the size of the gates
-    ctx.save_for_backward(x, h0, c0, batch_sizes, rows, gates, cells, *weights)
+    ctx.save_for_backward(x, h0, c0, batch_sizes, output_rows, gates, cells, *weights)
     ctx.save, ctx.recompute, ctx.backend = save, recompute, backend
 
 
@@ -261,14 +271,14 @@ lstm_forward.register_autograd(_backward, setup_context=_save_for_backward)
 
 @torch.library.custom_op("fastlstm::lstm_gates", mutates_args=())
 def lstm_gates(x: Tensor, h0: Tensor, output: Tensor, weights: Sequence[Tensor], batch_sizes: Tensor | None) -> Tensor:
-    """Return the activated gates [N, D*4H] of a layer that has run, from its output [N, D*P].
+    """Return the activated gates [N, D*4H] of a layer that has run, from its output [N, D*P] or [T, B, D*P].
 
     Every step's h_{t-1} is known, so there is no recurrence: two GEMMs over all rows. Sums are as wide as forward's,
     so that in 16 bit no gate is more than a unit in the last place off.
     """
     D = len(h0)
     w_ih, bias, w_hh, _ = by_kind(spread(weights, D))
-    gates = F.linear(x, w_ih, bias)
+    gates, output = F.linear(_rows(x), w_ih, bias), _rows(output)
     most = max(1, _WIDE_ELEMENTS // w_hh.shape[1])  # rows at a time, since wide ones would take what was saved
     for d, (gates_d, output_d) in enumerate(zip(gates.chunk(D, 1), output.chunk(D, 1), strict=True)):
         h_previous = reference.previous(output_d, h0[d], batch_sizes, reverse=d == 1)
@@ -297,13 +307,14 @@ def _gradients(
     """Run the recurrence's adjoint, then one GEMM over all rows for each gradient that is needed."""
     x, h0, c0, *flat = inputs
     output, gates, cells = saved
+    shape, (x, output, d_output) = x.shape, map(_rows, (x, output, cotangents[0]))
     needs_x, needs_h0, needs_c0, *needs_flat = needs
     D, B, _ = h0.shape
     H = c0.shape[2]
     w_ih, _, w_hh, w_hr = by_kind(flat)
-    dgates, dc0, dh = lstm_backward(*cotangents, gates, cells, c0, w_hh, w_hr, batch_sizes, backend)
+    dgates, dc0, dh = lstm_backward(d_output, *cotangents[1:], gates, cells, c0, w_hh, w_hr, batch_sizes, backend)
 
-    dx = _times_weight(dgates, w_ih) if needs_x else None
+    dx = _times_weight(dgates, w_ih).view(shape) if needs_x else None
     dh0: list[Tensor] = []
     dflat: list[Tensor | None] = []
     for d, (dgates_d, output_d) in enumerate(zip(dgates.chunk(D, 1), output.chunk(D, 1), strict=True)):
@@ -346,7 +357,7 @@ def lstm_backward(
 
 @lstm_gates.register_fake
 def _(x, h0, output, weights, batch_sizes):
-    return x.new_empty(x.shape[0], len(h0) * weights[0].shape[0])
+    return x.new_empty(math.prod(x.shape[:-1]), len(h0) * weights[0].shape[0])
 
 
 @lstm_backward.register_fake

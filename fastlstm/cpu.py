@@ -70,20 +70,23 @@ def lstm_layer(
     """Run the D directions of one layer over rows: `autograd.lstm_layer`, by oneDNN.
 
     Args:
-        x: [N, I], float32 or bfloat16.
+        x: [N, I], or dense rows as [T, B, I]; float32 or bfloat16.
         h0: [D, B, P] (P is H without projection).
         c0: [D, B, H].
         weights: one tuple (w_ih, w_hh, b_ih, b_hh, w_hr) a direction; biases and w_hr may be None.
         batch_sizes: [T] int64 on the CPU for packed rows, or None for dense ones.
 
     Returns:
-        output [N, D*P], h_n [D, B, P], c_n [D, B, H].
+        output [N, D*P] (or [T, B, D*P]; with a projection never a view), h_n [D, B, P], c_n [D, B, H].
     """
     if batch_sizes is None:
         B = h0.shape[1]
-        batch_sizes = torch.full((len(x) // B,), B, device="cpu")
+        batch_sizes = torch.full((x.shape[:-1].numel() // B,), B, device="cpu")
     if weights[0][4] is not None:
         return _project(x, h0, c0, weights, batch_sizes)
+    if x.dim() == 3:
+        output, h_n, c_n = lstm_layer(x.flatten(0, 1), h0, c0, weights, batch_sizes)
+        return output.view(*x.shape[:2], -1), h_n, c_n
     flat = [weight for direction in weights for weight in direction]
     chunks = _chunks(batch_sizes, x.shape[1], h0.shape[2], len(weights))
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, h0, c0, *flat)):
@@ -105,6 +108,7 @@ def _project(
     h0 has no m; it enters the gates of each row's first step, as input columns with the weights W_hh.
     """
     _, B, P = h0.shape
+    shape, x = x.shape[:-1], x.flatten(0, -2)
     if h0.requires_grad or h0.any():
         rows = torch.arange(len(x), device="cpu")
         for d, state in enumerate(h0):
@@ -119,9 +123,9 @@ def _project(
 
     m, m_n, c_n = lstm_layer(x, torch.zeros_like(c0), c0, plain, batch_sizes)
     w_hr_t = [w_hr.t() for *_, w_hr in weights if w_hr is not None]
-    output = [m_d @ w for m_d, w in zip(m.chunk(len(weights), 1), w_hr_t, strict=True)]
+    output = [m_d.view(*shape, -1) @ w for m_d, w in zip(m.chunk(len(weights), 1), w_hr_t, strict=True)]
     h_n = [m_d @ w for m_d, w in zip(m_n, w_hr_t, strict=True)]
-    return torch.cat(output, 1), torch.stack(h_n), c_n
+    return torch.cat(output, -1), torch.stack(h_n), c_n
 
 
 class _PackedLayer(torch.autograd.Function):

@@ -69,16 +69,14 @@ def onnx_translations() -> dict[Any, Callable[..., Any]]:
 
     def layer(x: Any, h0: Any, c0: Any, weights: Any, batch_sizes: Any, *_: Any) -> Any:
         D, _, P = h0.shape
-        H, I = c0.shape[2], x.shape[1]  # noqa: E741
+        H = c0.shape[2]
         _refuse(batch_sizes, H != P and "a projection")
         w_ih, w_hh, b_ih, b_hh, _ = zip(*autograd.directions(weights, D), strict=True)
         bias = None
         if b_ih[0] is not None:
             bias = stacked(op.Concat(gates(b), gates(r), axis=0) for b, r in zip(b_ih, b_hh, strict=True))
-        B = op.Shape(h0, start=1, end=2)
-        shape = op.Concat(op.Constant(value_ints=[-1]), B, op.Constant(value_ints=[I]), axis=0)
         output, h_n, c_n = op.LSTM(
-            op.Reshape(x, shape),  # [T, B, I]
+            x,
             stacked(map(gates, w_ih)),
             stacked(map(gates, w_hh)),
             bias,
@@ -88,7 +86,7 @@ def onnx_translations() -> dict[Any, Callable[..., Any]]:
             hidden_size=H,
             direction="bidirectional" if D == 2 else "forward",
         )
-        output = op.Reshape(op.Transpose(output, perm=[0, 2, 1, 3]), [-1, D * H])  # of [T, D, B, H]
+        output = op.Reshape(op.Transpose(output, perm=[0, 2, 1, 3]), [0, 0, D * H])  # of [T, D, B, H]
         return output, h_n, c_n, op.Identity(c_n), op.Identity(c_n)  # the last two, for backward, are not used
 
     return {_LAYER: layer}
@@ -104,24 +102,23 @@ def _in_torch(
 ) -> tuple[Tensor, ...]:
     """Run a layer by torch's own ops."""
     _refuse(batch_sizes)
-    D, B, P = h0.shape
+    D, P = h0.shape[::2]
     H = c0.shape[2]
-    rows = x.unflatten(0, (-1, B))
     has_biases = len(weights) // D >= 4
     nothing = x.new_empty(0), c0.new_empty(0)
     if x.device.type != "cpu" or P != H or x.dtype not in (torch.float32, torch.bfloat16):
         flags = (has_biases, 1, 0.0, False, D == 2, False)
-        output, h_n, c_n = torch.ops.aten.lstm.input(rows, [h0, c0], weights, *flags)
-        return output.flatten(0, 1), h_n, c_n, *nothing
+        output, h_n, c_n = torch.ops.aten.lstm.input(x, [h0, c0], weights, *flags)
+        return output, h_n, c_n, *nothing
 
     flags = ([], _LSTM, H, 1, has_biases, False, False, False)
     results = []
     for d, direction in enumerate(autograd.directions(weights, D)):
         tensors = (x.new_empty(0) if weight is None else weight for weight in direction[:4])
         states = (h0[d : d + 1].contiguous(), c0[d : d + 1].contiguous())
-        results.append(torch.ops.aten.mkldnn_rnn_layer.default(rows.contiguous(), *tensors, *states, d == 1, *flags))
+        results.append(torch.ops.aten.mkldnn_rnn_layer.default(x.contiguous(), *tensors, *states, d == 1, *flags))
     output, h_n, c_n, _ = zip(*results, strict=True)
-    return torch.cat(output, 2).flatten(0, 1), torch.cat(h_n), torch.cat(c_n), *nothing
+    return torch.cat(output, 2), torch.cat(h_n), torch.cat(c_n), *nothing
 
 
 def _refuse(batch_sizes: Any, other: str | bool = False) -> None:

@@ -308,7 +308,7 @@ def _run_layers(
     states: States,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Run layer after layer over rows, with dropout between them."""
+    """Run layer after layer over rows, or over [T, B, I], with dropout between them."""
     if (dtype := autocast.dtype_for(data)) is not None:
         lowered = [autocast.cast(weight, dtype) for weight in weights], data.to(dtype)
         low_states = states[0].to(dtype), states[1].to(dtype)
@@ -324,8 +324,8 @@ def _run_layers(
     L, D = network.num_layers, 2 if network.bidirectional else 1
     directions = autograd.directions(weights, L * D)
     dense = batch_sizes is None
-    time_first = data.transpose(0, 1) if dense and network.batch_first else data
-    rows = time_first.flatten(0, 1) if dense else data
+    transposed = dense and network.batch_first
+    rows = data.transpose(0, 1) if transposed else data
 
     last_states = []
     for first in range(0, L * D, D):
@@ -339,7 +339,4 @@ def _run_layers(
         if network.dropout and network.training and first + D < L * D:
             rows = F.dropout(rows, network.dropout)
     h_n, c_n = (torch.cat(layers) if L > 1 else layers[0] for layers in zip(*last_states, strict=True))
-    if not dense:
-        return rows, h_n, c_n
-    output = rows.unflatten(0, time_first.shape[:2])
-    return output.transpose(0, 1) if network.batch_first else output, h_n, c_n
+    return rows.transpose(0, 1) if transposed else rows, h_n, c_n

@@ -234,6 +234,16 @@ def test_cotangents_of_any_stride(form, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("form", ["dense", "packed", "projection"])
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
+def test_an_output_is_no_view(form, backend):
+    """As stock's are none: of a view fully_shard warns that a change in place would lose its hooks."""
+    _, ours = make_pair(backend, num_layers=2, bidirectional=True, proj_size=2 if form == "projection" else 0)
+    output, states = ours(packed() if form == "packed" else inputs(26, 3, I))
+    assert not any(result._is_view() for result in (output.data if form == "packed" else output, *states))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("form", ["dense", "packed"])
 def test_results_share_no_memory(form, backend):
     """Whatever is changed in place, nothing else changes, and a backward pass that needs the old value says so."""
