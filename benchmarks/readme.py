@@ -11,7 +11,7 @@ from benchmarks.tables import milliseconds
 README = FOLDER.parent.parent / "README.md"
 
 # what the README shows of a result file, and where: between two comments, of which the first names the file
-README_ROWS = r"^(b|c|f)/(dense|packed)/fp32|^b/packed/bf16|^b/packed-(bidir|2layer)|^b/dense-proj|^b/.*/fp64|^charlm"
+README_ROWS = r"^c/(dense|packed)/fp32|^f/packed/fp32|^b/packed/bf16|^b/packed-bidir/fp32|^b/dense-proj64/fp32|^charlm"
 README_TABLE = re.compile(r"(?P<begin><!-- results: (?P<file>\S+) -->)\n.*?(?P<end><!-- end of results -->)", re.DOTALL)
 
 

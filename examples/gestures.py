@@ -3,9 +3,9 @@
     frames of B recordings, packed  ->  LSTM, both directions  ->  maximum over time  ->  class
     [N, features]                       [N, 2 * HIDDEN]            [B, 2 * HIDDEN]        [B, classes]
 
-Three small sets, one model. A frame is FRAME samples in a row: GunPoint differs in how a hand moves within a moment.
-Each draw of a recording is a random stretch of it with a little noise, so 40 recordings go a long way; the recordings
-therefore differ in length even where the set's do not. Train and test recordings are the sets' own.
+Three small sets, one model. A frame is some samples in a row: GunPoint differs in how a hand moves within a moment.
+Each draw of a recording is a random stretch of it with a little noise, so 40 recordings go a long way. Train and test
+recordings are the sets' own.
 
 Data, as shipped in aeon: BasicMotions (accelerometer and gyroscope of a watch in four sports), GunPoint (the hand's
 position: does it draw a gun or point a finger?), JapaneseVowels (nine speakers say /ae/, 7 to 29 frames).
@@ -13,35 +13,27 @@ position: does it draw a gun or point a finger?), JapaneseVowels (nine speakers 
 
 from __future__ import annotations
 
+import argparse
 import random
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from aeon.datasets import load_basic_motions, load_gunpoint, load_japanese_vowels
-from common import ACCENT_COLOR, BASELINE_COLOR, LSTM_COLOR, arguments, explain_and_compare, figure, fit, report
-from sklearn.neighbors import KNeighborsClassifier
+from common import arguments, explain_and_compare, fit, report, split
+from plots import bars, figure
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_sequence, pad_packed_sequence
 
 from fastlstm import LSTM  # was: from torch.nn import LSTM
 
 BATCH, HIDDEN = 32, 64
-# name -> loader, samples in a frame
-SETS: dict[str, tuple[Any, int]] = {
-    "BasicMotions": (load_basic_motions, 1),
-    "GunPoint": (load_gunpoint, 5),
-    "JapaneseVowels": (load_japanese_vowels, 1),
+# name -> loader, samples in a frame, what the labels mean
+SETS: dict[str, tuple[Any, int, list[str]]] = {
+    "BasicMotions": (load_basic_motions, 1, ["badminton", "running", "standing", "walking"]),
+    "GunPoint": (load_gunpoint, 5, ["gun", "point"]),
+    "JapaneseVowels": (load_japanese_vowels, 1, [f"man {number}" for number in range(1, 10)]),
 }
-# what the labels mean, where they are numbers
-CLASSES = {"GunPoint": ["gun", "point"], "JapaneseVowels": ["man 1", "man 2", "man 3", "man 4"]}
-
-
-class Recordings(NamedTuple):
-    """Recordings [frames, features] of different lengths, and their classes [B]."""
-
-    frames: list[Tensor]
-    classes: Tensor
 
 
 class Classifier(nn.Module):
@@ -53,29 +45,19 @@ class Classifier(nn.Module):
         self.head = nn.Sequential(nn.Dropout(0.3), nn.Linear(2 * HIDDEN, classes))
 
     def forward(self, recordings: list[Tensor]) -> Tensor:
-        """Map B recordings to logits [B, classes]."""
+        """Map B recordings [frames, features] to logits [B, classes]."""
         output, _ = self.lstm(pack_sequence(recordings, enforce_sorted=False))
         padded, _ = pad_packed_sequence(output, padding_value=float("-inf"))  # [T, B, 2 * HIDDEN]
         return self.head(padded.amax(0))
 
 
-def read(loader: Any, frame: int) -> tuple[Recordings, Recordings]:
-    """Return the train and test recordings, scaled alike."""
-
-    def split(name: str) -> Recordings:
-        samples, labels = loader(split=name)
-        rows = [torch.tensor(sample.T, dtype=torch.float32) for sample in samples]
-        frames = [row[: len(row) // frame * frame].reshape(-1, frame * row.size(1)) for row in rows]
-        return Recordings(frames, torch.tensor(np.unique(labels, return_inverse=True)[1]))
-
-    train, test = split("train"), split("test")
-    everything = torch.cat(train.frames)
-    mean, deviation = everything.mean(0), everything.std(0)
-
-    def scaled(recordings: Recordings) -> Recordings:
-        return recordings._replace(frames=[(frames - mean) / deviation for frames in recordings.frames])
-
-    return scaled(train), scaled(test)
+def read(name: str, part: str) -> tuple[list[Tensor], Tensor]:
+    """Return the recordings [frames, features] of a set's part, and their classes [B]."""
+    loader, frame, _ = SETS[name]
+    samples, labels = loader(split=part)
+    channels = [torch.tensor(sample, dtype=torch.float32) for sample in samples]  # [features / frame, T]
+    recordings = [each.unfold(1, frame, frame).transpose(0, 1).flatten(1) for each in channels]
+    return recordings, torch.tensor(np.unique(labels, return_inverse=True)[1])
 
 
 def stretch(recording: Tensor) -> Tensor:
@@ -86,64 +68,52 @@ def stretch(recording: Tensor) -> Tensor:
     return piece * random.gauss(1, 0.05) + 0.05 * torch.randn_like(piece)
 
 
-def nearest_neighbour(train: Recordings, test: Recordings) -> float:
-    """Return the accuracy of the nearest training recording, all resampled to one length."""
-    length = max(map(len, train.frames + test.frames))
-
-    def resampled(recordings: Recordings) -> np.ndarray:
-        rows = [nn.functional.interpolate(x.T[None], length, mode="linear").flatten() for x in recordings.frames]
-        return torch.stack(rows).numpy()
-
-    neighbours = KNeighborsClassifier(1).fit(resampled(train), train.classes)
-    return float(neighbours.score(resampled(test), test.classes))
+def resample(recordings: list[Tensor], length: int) -> Tensor:
+    """Bring recordings to one length, [B, length * features], so that they have distances."""
+    return torch.cat([nn.functional.interpolate(each.T[None], length, mode="linear").flatten(1) for each in recordings])
 
 
-def learn(name: str, smoke: bool) -> dict[str, float]:
+def learn(name: str, options: argparse.Namespace) -> dict[str, float]:
     """Train on one set; return the accuracy on its test recordings, and the baselines'."""
-    train, test = read(*SETS[name])
-    model = Classifier(train.frames[0].size(1), int(train.classes.max()) + 1)
+    (recordings, classes), (test, truth) = read(name, "train"), read(name, "test")
+    if options.validate:
+        seen, held_out = split(range(len(recordings)), 1 / 3)
+        test, truth = [recordings[index] for index in held_out], classes[held_out]
+        recordings, classes = [recordings[index] for index in seen], classes[seen]
+    frames = torch.cat(recordings)
+    recordings, test = ([(each - frames.mean(0)) / frames.std(0) for each in part] for part in (recordings, test))
+    model = Classifier(frames.size(1), len(SETS[name][2]))
 
     def loss(model: nn.Module) -> Tensor:
-        batch = random.choices(range(len(train.classes)), k=BATCH)
-        logits = model([stretch(train.frames[index]) for index in batch])
-        return nn.functional.cross_entropy(logits, train.classes[batch], label_smoothing=0.05)
+        batch = random.choices(range(len(recordings)), k=BATCH)
+        logits = model([stretch(recordings[index]) for index in batch])
+        return nn.functional.cross_entropy(logits, classes[batch], label_smoothing=0.05)
 
-    fit(model, lambda: loss(model), 10 if smoke else 500, learning_rate=0.01)
-    explain_and_compare(model, loss, rounds=3 if smoke else 15)
+    fit(model, lambda: loss(model), 10 if options.smoke else 250, learning_rate=0.01)
+    explain_and_compare(model, loss, rounds=3 if options.smoke else 15)
 
-    model.eval()
-    with torch.no_grad():
-        accuracy = (model(test.frames).argmax(1) == test.classes).float().mean().item()
-    majority = (test.classes == train.classes.mode().values).float().mean().item()
-    baselines = {"majority": majority, "nearest neighbour": nearest_neighbour(train, test)}
-    report(f"{name}, accuracy on {len(test.classes)} test recordings", accuracy, baselines)
-    return {**baselines, "LSTM": accuracy}
+    length = max(map(len, recordings + test))
+    nearest = torch.cdist(resample(test, length), resample(recordings, length)).argmin(1)
+    answers = {"nearest neighbour": classes[nearest], "majority": classes.mode().values}
+    baselines = {name: (answer == truth).float().mean().item() for name, answer in answers.items()}
+    own = (model.eval()(test).argmax(1) == truth).float().mean().item()
+    return report(f"{name}, accuracy on {len(test)} recordings", own, baselines)
 
 
 def main() -> None:
     """Train one model per set and compare each with the majority and with the nearest neighbour."""
-    options = arguments(__doc__)
-    results = {name: learn(name, options.smoke) for name in SETS}
-
-    colors = (BASELINE_COLOR, ACCENT_COLOR, LSTM_COLOR)
-    with figure(options, panels=4, size=(10, 3)) as (*signals, bars):
-        for axes, (name, (loader, _)) in zip(signals, SETS.items(), strict=True):
+    options = arguments(__doc__, validate=True)
+    results = {name: learn(name, options) for name in SETS}
+    with figure(options, panels=4, size=(11, 3), ratios=(1, 1, 1, 1.6)) as (*signals, right):
+        for axes, (name, (loader, _, kinds)) in zip(signals, SETS.items(), strict=True):
             samples, labels = loader(split="train")
             spread = 8 * np.concatenate([sample[:3] for sample in samples], axis=1).std()
-            kinds = np.unique(labels)[:4]
-            for row, kind in enumerate(kinds):
-                sample = samples[int(np.flatnonzero(labels == kind)[0])][:3]
+            for row, label in enumerate(np.unique(labels)[:4]):
+                sample = samples[int(np.flatnonzero(labels == label)[0])][:3]
                 axes.plot((sample - sample.mean()).T / spread - row, color=f"C{row}", linewidth=1)
-            axes.set(title=name, xlabel="samples", yticks=[-row for row in range(len(kinds))])
-            axes.set_yticklabels(CLASSES.get(name, kinds))
-        for place, (kind, color) in enumerate(zip(next(iter(results.values())), colors, strict=True)):
-            values = [result[kind] for result in results.values()]
-            bars.bar([x + 0.27 * (place - 1) for x in range(3)], values, 0.25, color=color, label=kind)
-        bars.set(
-            title="Test accuracy", xticks=range(3), xticklabels=["Basic\nMotions", "Gun\nPoint", "Japanese\nVowels"]
-        )
-        bars.set(ylim=(0, 1.4), yticks=[0, 0.5, 1], yticklabels=["0", "50 %", "100 %"])
-        bars.legend(fontsize=7, loc="upper left")
+            axes.set(title=name, xlabel="samples")
+            axes.set_yticks([-row for row in range(len(kinds[:4]))], kinds[:4])
+        bars(right, results, "Test accuracy")
 
 
 if __name__ == "__main__":

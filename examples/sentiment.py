@@ -16,7 +16,8 @@ import random
 from importlib.resources import files
 
 import torch
-from common import ACCENT_COLOR, LSTM_COLOR, arguments, explain_and_compare, figure, fit, report
+from common import arguments, explain_and_compare, fit, report, split
+from plots import ACCENT_COLOR, LSTM_COLOR, figure
 from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
@@ -55,12 +56,11 @@ def read_lexicon() -> tuple[list[str], list[bool]]:
 
 def main() -> None:
     """Train, compare with the majority and with n-grams, and judge words that were never seen."""
-    options = arguments(__doc__)
+    options = arguments(__doc__, validate=True)
     steps = 40 if options.smoke else 3000
     words, labels = read_lexicon()
     good = torch.tensor(labels, dtype=torch.float32)
-    order = torch.randperm(len(words)).tolist()
-    held_out, seen = order[: len(words) // 5], order[len(words) // 5 :]
+    seen, held_out = split(range(len(words)), 1 / 5, validate=options.validate)
     test_words, test_good = [words[index] for index in held_out], good[held_out]
 
     model = Polarity()
@@ -72,9 +72,8 @@ def main() -> None:
     fit(model, lambda: loss(model, random.sample(seen, BATCH)), steps, learning_rate=0.005)
     explain_and_compare(model, lambda each: loss(each, seen[:BATCH]))
 
-    model.eval()
-    with torch.no_grad():
-        probabilities = model(test_words).sigmoid()
+    model.eval().requires_grad_(False)
+    probabilities = model(test_words).sigmoid()
     ngrams = make_pipeline(CountVectorizer(analyzer="char_wb", ngram_range=(1, 5)), LogisticRegression(max_iter=1000))
     ngrams.fit([words[index] for index in seen], [labels[index] for index in seen])
     majority = float(good[seen].mean() > 0.5)

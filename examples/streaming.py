@@ -18,7 +18,8 @@ import time
 import numpy as np
 import torch
 from aeon.datasets import load_kdd_tsad_135
-from common import ACCENT_COLOR, BASELINE_COLOR, arguments, explain_and_compare, figure, fit, report
+from common import arguments, explain_and_compare, fit, report
+from plots import ACCENT_COLOR, BASELINE_COLOR, figure
 from torch import Tensor, nn
 
 from fastlstm import LSTM  # was: from torch.nn import LSTM
@@ -57,7 +58,6 @@ def main() -> None:
     past, stream = recording[:1200], recording[1200:]
 
     model = Forecaster()
-
     windows = past.unfold(0, WINDOW + AHEAD, 1)
 
     def draw() -> Tensor:
@@ -69,22 +69,22 @@ def main() -> None:
 
     fit(model, lambda: loss(model, draw()), steps, learning_rate=0.005)
 
-    with torch.no_grad():
-        at_once, _ = model(stream.view(-1, 1, 1))
-        state, forecasts, milliseconds = None, [], []
-        for sample in stream:  # the live loop: one sample in, one forecast out
-            begin = time.perf_counter()
-            forecast, state = model(sample.view(1, 1, 1), state)
-            milliseconds.append(1e3 * (time.perf_counter() - begin))
-            forecasts.append(forecast.item())
+    explain_and_compare(model, lambda each: loss(each, past.view(-1, 1, 1)))
+
+    model.requires_grad_(False)
+    at_once, _ = model(stream.view(-1, 1, 1))
+    state, forecasts, milliseconds = None, [], []
+    for sample in stream:  # the live loop: one sample in, one forecast out
+        begin = time.perf_counter()
+        forecast, state = model(sample.view(1, 1, 1), state)
+        milliseconds.append(1e3 * (time.perf_counter() - begin))
+        forecasts.append(forecast.item())
     live = torch.tensor(forecasts)
     p50, p99 = np.percentile(milliseconds, [50, 99])
     difference = (live - at_once.flatten()).abs().max()
     print(f"live against at once: largest difference {difference:.1e} over {len(live)} steps")
     print(f"latency of a step: p50 {p50:.3f} ms, p99 {p99:.3f} ms")
-
-    explain_and_compare(model, lambda each: loss(each, past.view(-1, 1, 1)))
-    explain_and_compare(model, torch.no_grad()(lambda each: each(stream[:1].view(1, 1, 1))[0]), rounds=500)
+    explain_and_compare(model, lambda each: each(stream[:1].view(1, 1, 1))[0], rounds=500)
 
     # least squares over the last HISTORY samples; all are scored where no sample they see or foretell was anomalous
     lags, target = past.unfold(0, HISTORY, 1)[:-AHEAD], past[HISTORY - 1 + AHEAD :, None]
@@ -102,7 +102,7 @@ def main() -> None:
 
     surprise = scale * (live[:-AHEAD] - stream[AHEAD:]).abs()
     print(
-        f"largest surprise at sample {1200 + AHEAD + int(surprise.argmax())}; 4187 to 4198 are labelled as an anomaly"
+        f"largest surprise at sample {1200 + AHEAD + int(surprise.argmax())}, the anomaly is labelled from 4187 to 4198"
     )
     shown = slice(2700, 3300)
     clock = np.arange(1200, len(values))[shown]

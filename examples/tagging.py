@@ -4,8 +4,8 @@
     | | |   | | | | |   | | | | | | |        -> embedding -> LSTM, two layers, both directions -> linear
     k k k . n o n o o . c c c c c c c        one class per character      [T, CLASSES]
 
-Both directions are needed: whether a quote opens or closes a string is told by what comes before, whether a letter
-starts a keyword or a longer name by what follows.
+Whether a quote opens or closes a string is told by what comes before, whether a letter starts a keyword or a longer
+name by what follows: both directions are needed.
 
 Data: functions of Python's own standard library, labelled by its module tokenize; whole modules are held out.
 """
@@ -22,10 +22,10 @@ from itertools import accumulate
 from pathlib import Path
 
 import torch
-from common import arguments, explain_and_compare, figure, fit, report
-from matplotlib.axes import Axes
+from common import arguments, explain_and_compare, fit, report
+from plots import figure, page
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence, pack_sequence
+from torch.nn.utils.rnn import pack_sequence, unpack_sequence
 
 from fastlstm import LSTM  # was: from torch.nn import LSTM
 
@@ -63,74 +63,57 @@ class Tagger(nn.Module):
         self.lstm = LSTM(32, HIDDEN, num_layers=2, bidirectional=True)
         self.head = nn.Linear(2 * HIDDEN, len(CLASSES))
 
-    def forward(self, characters: PackedSequence) -> Tensor:
-        """Map N characters in all to logits [N, CLASSES], in packed order."""
-        output, _ = self.lstm(characters._replace(data=self.embedding(characters.data)))
-        return self.head(output.data)
+    def forward(self, functions: list[Tensor]) -> Tensor:
+        """Map functions of N characters in all to logits [N, CLASSES]."""
+        packed = pack_sequence(functions, enforce_sorted=False)
+        output, _ = self.lstm(packed._replace(data=self.embedding(packed.data)))
+        return self.head(torch.cat(unpack_sequence(output)))
 
 
-def pack(samples: list[Sample]) -> tuple[PackedSequence, Tensor]:
-    """Pack characters and, in the same order, their classes."""
-    characters, kinds = (pack_sequence(list(part), enforce_sorted=False) for part in zip(*samples, strict=True))
-    return characters, kinds.data
+def table_accuracy(seen: list[Sample], test: list[Sample], width: int) -> float:
+    """Accuracy of a table: the class seen most often for the middle one of `width` characters."""
 
-
-def table_accuracy(samples: list[Sample], test: list[Sample], reach: int) -> float:
-    """Accuracy of a table: the class seen most often for a character between its `reach` neighbours on each side."""
-    width = 2 * reach + 1
-
-    def places(sample: Sample) -> Tensor:
-        return nn.functional.pad(sample[0], (reach, reach)).unfold(0, width, 1) @ 128 ** torch.arange(width)
+    def places(samples: list[Sample]) -> Tensor:
+        padded = [nn.functional.pad(characters, (width // 2, width // 2)) for characters, _ in samples]
+        return torch.cat([each.unfold(0, width, 1) for each in padded]) @ 128 ** torch.arange(width)
 
     votes = torch.zeros(128**width, len(CLASSES))
-    for sample in samples:
-        votes.index_put_((places(sample), sample[1]), torch.ones(()), accumulate=True)
-    return torch.cat([votes[places(sample)].argmax(1) == sample[1] for sample in test]).float().mean().item()
+    votes.index_put_((places(seen), classes(seen)), torch.ones(()), accumulate=True)
+    return (votes[places(test)].argmax(1) == classes(test)).float().mean().item()
 
 
-def widest(sample: Sample) -> int:
-    """Length of the longest line."""
-    return max(map(len, bytes(sample[0].tolist()).splitlines()))
-
-
-def paint(axis: Axes, sample: Sample, kinds: Tensor) -> None:
-    """Write the characters in the colours of their classes."""
-    line = column = 0
-    for character, kind in zip(map(chr, sample[0].tolist()), kinds.tolist(), strict=True):
-        axis.text(column, -line, character, family="monospace", fontsize=7, color=COLORS[kind])
-        line, column = (line + 1, 0) if character == "\n" else (line, column + 1)
-    axis.set(title="A function that it never saw", xlim=(0, 66), ylim=(-17, 1))
-    axis.axis("off")
+def classes(samples: list[Sample]) -> Tensor:
+    """Return the right classes of all characters, one sample after the other."""
+    return torch.cat([kinds for _, kinds in samples])
 
 
 def main() -> None:
     """Train, compare with tables of characters and their neighbours, and colour a function."""
     options = arguments(__doc__)
-    steps = 12 if options.smoke else 600
-    samples = [sample for module in TRAINED.split()[options.smoke * 10 :] for sample in read_functions(module)]
+    seen = [sample for module in TRAINED.split()[options.smoke * 10 :] for sample in read_functions(module)]
     test = [sample for module in HELD_OUT.split() for sample in read_functions(module)]
 
     def loss(model: nn.Module, batch: list[Sample]) -> Tensor:
-        characters, kinds = pack(batch)
-        return nn.functional.cross_entropy(model(characters), kinds)
+        return nn.functional.cross_entropy(model([characters for characters, _ in batch]), classes(batch))
 
     model = Tagger()
-    fit(model, lambda: loss(model, random.sample(samples, BATCH)), steps, learning_rate=0.01)
-    explain_and_compare(model, lambda each: loss(each, samples[:BATCH]))
+    fit(model, lambda: loss(model, random.sample(seen, BATCH)), 12 if options.smoke else 600, learning_rate=0.01)
+    explain_and_compare(model, lambda each: loss(each, seen[:BATCH]))
 
-    with torch.no_grad():
-        characters, truth = pack(test)
-        right = model(characters).argmax(1) == truth
-    baselines = {f"table of {2 * reach + 1}": table_accuracy(samples, test, reach) for reach in (0, 1)}
+    model.requires_grad_(False)
+    truth = classes(test)
+    right = model([characters for characters, _ in test]).argmax(1) == truth
+    baselines = {f"table of {width}": table_accuracy(seen, test, width) for width in (3, 1)}
     report(f"accuracy on {len(truth)} held-out characters", right.float().mean().item(), baselines)
 
     with figure(options, panels=2, size=(8.5, 3.2)) as (bars, code):
         found = [right[truth == kind].float().mean().item() for kind in range(len(CLASSES))]
         bars.barh(CLASSES, found, color=COLORS)
         bars.set(title="How many of each class are found", xlabel="share of its characters", xlim=(0, 1))
-        fitting = [sample for sample in test if len(sample[0]) < 500 and widest(sample) <= 66]
-        varied = max(fitting, key=lambda sample: (len(sample[1].unique()), len(sample[0])))
-        paint(code, varied, model(pack([varied])[0]).argmax(1))
+        short = [sample for sample in test if len(sample[0]) < 500]
+        function, _ = max(short, key=lambda sample: (len(sample[1].unique()), len(sample[0])))  # of many classes
+        colors = [COLORS[kind] for kind in model([function]).argmax(1)]
+        page(code, bytes(function.tolist()).decode(), colors, "A function that it never saw")
 
 
 if __name__ == "__main__":

@@ -2,9 +2,9 @@
 
     "A return t"  ->  embedding  ->  LSTM  ->  linear  ->  " return th"     [T, B] to [T, B, 128]
 
-For training the text is cut into B long streams, read T characters at a time; the state is carried from each piece to
-the next and cut off from the gradient (truncated backpropagation). For writing, T and B are 1: each character that is
-drawn is fed back, with the state. The temperature divides the logits: low is cautious, high is wild.
+For training the text is cut into B long streams, read T characters at a time; the state goes on from piece to piece,
+the gradient does not (truncated backpropagation). For writing, T and B are 1: each character that is drawn is fed back.
+The temperature divides the logits: low is cautious, high is wild.
 
 Data: the documentation strings of Python's own standard library; whole modules are held out.
 """
@@ -15,11 +15,12 @@ import ast
 import math
 import sysconfig
 import textwrap
-from collections import Counter, defaultdict
 from pathlib import Path
 
 import torch
-from common import ACCENT_COLOR, BASELINE_COLOR, arguments, explain_and_compare, figure, fit, report
+from common import arguments, explain_and_compare, fit, report
+from ngrams import ngram_bits
+from plots import ACCENT_COLOR, BASELINE_COLOR, INK, figure, page
 from torch import Tensor, nn
 
 from fastlstm import LSTM  # was: from torch.nn import LSTM
@@ -57,7 +58,6 @@ def bits(logits: Tensor, targets: Tensor) -> Tensor:
     return nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten()) / math.log(2)
 
 
-@torch.no_grad()
 def write(model: Writer, prompt: str, length: int, temperature: float) -> str:
     """Continue a prompt, one character at a time."""
     written = list(prompt.encode())
@@ -67,22 +67,6 @@ def write(model: Writer, prompt: str, length: int, temperature: float) -> str:
         written.append(int(drawn))
         logits, state = model(drawn.unsqueeze(1), state)
     return bytes(written).decode()
-
-
-def ngram_bits(text: str, held_out: str, order: int) -> float:
-    """Bits per held-out character of a model that counts `order` characters, interpolated as Witten and Bell (1991)."""
-    table: dict[str, Counter[str]] = defaultdict(Counter)
-    for end in range(order, len(text)):
-        for length in range(order):
-            table[text[end - length : end]][text[end]] += 1
-    total = 0.0
-    for end in range(order, len(held_out)):
-        probability = 1 / ALPHABET
-        for length in range(order):
-            if seen := table.get(held_out[end - length : end]):
-                probability = (seen[held_out[end]] + len(seen) * probability) / (seen.total() + len(seen))
-        total -= math.log2(probability)
-    return total / (len(held_out) - order)
 
 
 def main() -> None:
@@ -109,20 +93,16 @@ def main() -> None:
         return bits(logits, piece[1:])
 
     curve = fit(model, next_loss, steps, learning_rate=4e-3)
-    piece = streams[: PIECE + 1]
-    explain_and_compare(model, lambda each: bits(each(piece[:-1])[0], piece[1:]))
+    explain_and_compare(model, lambda each: bits(each(streams[:PIECE])[0], streams[1 : PIECE + 1]))
 
-    model.eval()
+    model.eval().requires_grad_(False)
     characters = torch.tensor(list(held_out.encode())).unsqueeze(1)
-    with torch.no_grad():
-        logits, _ = model(characters[:-1])
-        own = bits(logits, characters[1:]).item()
-    ngrams = {f"{order}-grams": ngram_bits(text, held_out, order) for order in (3, 5)}
+    own = bits(model(characters[:-1])[0], characters[1:]).item()
+    ngrams = {f"{order}-grams": ngram_bits([text], [held_out], order, ALPHABET) for order in (5, 3)}
     report(f"bits per character of {len(held_out)} held-out ones", own, ngrams, better="lower")
 
     samples = {temperature: write(model, "Return ", 400, temperature) for temperature in (0.3, 0.7, 1.0)}
-    for temperature, sample in samples.items():
-        print(f"--- temperature {temperature}\n{sample}")
+    print(*(f"--- temperature {temperature}\n{sample}" for temperature, sample in samples.items()), sep="\n")
     with figure(options, panels=2) as (left, right):
         left.plot(curve, linewidth=0.8, label="training")
         left.axhline(own, color=ACCENT_COLOR, label=f"held out, LSTM: {own:.2f}")
@@ -130,10 +110,8 @@ def main() -> None:
             left.axhline(value, color=BASELINE_COLOR, linestyle="--", label=f"held out, {name}: {value:.2f}")
         left.set(title="Learning to write", xlabel="training step", ylabel="bits per character", ylim=(1, 6))
         left.legend()
-        lines = [part for line in samples[0.7].splitlines() for part in textwrap.wrap(line, 60) or [""]]
-        right.text(0, 1, "\n".join(lines[:20]), family="monospace", fontsize=7, va="top")
-        right.set_title("Written at temperature 0.7")
-        right.axis("off")
+        wrapped = "\n".join(textwrap.fill(line, 60) for line in samples[0.7].splitlines())
+        page(right, wrapped, [INK] * len(wrapped), "Written at temperature 0.7")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
 
 Days are consecutive and every one of them is a training example, so a batch is B stretches of T days. What is
 learned is the departure from the climate, the mean of the season. The last year is the test; nothing is fitted to
-it, not even the climate. Forecasting it takes one pass, the state carried through all four years.
+it, not even the climate. Forecasting it takes one pass, the state carried through all years.
 
 Data: four years of Seattle's weather, as shipped in vega_datasets (from NOAA).
 """
@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from common import ACCENT_COLOR, BASELINE_COLOR, INK, LSTM_COLOR, arguments, explain_and_compare, figure, fit, report
+from common import arguments, explain_and_compare, fit, report
+from plots import ACCENT_COLOR, BASELINE_COLOR, INK, LSTM_COLOR, figure
 from torch import Tensor, nn
 from vega_datasets import data
 
@@ -47,10 +48,12 @@ def pinball(forecasts: Tensor, truth: Tensor) -> Tensor:
 
 
 def main() -> None:
-    """Train on three years, and compare with three simple forecasts on the fourth."""
-    options = arguments(__doc__)
+    """Train on the years before the last, and compare with three simple forecasts on that one."""
+    options = arguments(__doc__, validate=True)
     weather = data.seattle_weather()
-    first_test = int((weather["date"].dt.year < 2015).sum())
+    year = 2014 if options.validate else 2015
+    weather = weather.loc[weather["date"].dt.year <= year]
+    first_test = int((weather["date"].dt.year < year).sum())
     angle = 2 * np.pi * weather["date"].dt.dayofyear.to_numpy() / 365.25
     season = np.stack([np.ones_like(angle), *(f(k * angle) for k in (1, 2) for f in (np.sin, np.cos))], axis=1)
     warmest = weather["temp_max"].to_numpy(copy=True)
@@ -58,7 +61,6 @@ def main() -> None:
     skies = [weather["weather"] == sky for sky in ("sun", "rain", "fog")]
     columns = [warmest - climate, weather["temp_min"] - climate, np.log1p(weather["precipitation"]), weather["wind"]]
     table = np.stack([*columns, *skies], axis=1).astype(float)
-    mean, deviation = table[:first_test].mean(0), table[:first_test].std(0)
     mean, deviation = table[:first_test].mean(0), table[:first_test].std(0)
     days = torch.tensor((table - mean) / deviation, dtype=torch.float32)
 
@@ -70,27 +72,25 @@ def main() -> None:
     model = Forecaster(days.size(1))
 
     def loss(model: nn.Module) -> Tensor:
-        begins = torch.randint(last_begin, (BATCH,))
-        stretch = begins + torch.arange(STEPS).unsqueeze(1)  # [T, B]
+        stretch = torch.randint(last_begin, (BATCH,)) + torch.arange(STEPS).unsqueeze(1)  # [T, B]
         return pinball(model(days[stretch]), targets[stretch])
 
-    fit(model, lambda: loss(model), 10 if options.smoke else 400, learning_rate=0.005)
+    fit(model, lambda: loss(model), 10 if options.smoke else 800, learning_rate=0.005)
     explain_and_compare(model, loss)
 
-    model.eval()
+    model.eval().requires_grad_(False)
     today = slice(first_test - 1, len(targets))  # each forecast is made on the day before
     truth, ahead = next_days(warmest)[today], next_days(climate)[today]
-    with torch.no_grad():
-        departures = model(days[: len(targets), None])[today, 0]
+    departures = model(days[: len(targets), None])[today, 0]
     quantiles = ahead.unsqueeze(2) + deviation[0] * departures  # [day, HORIZON, quantiles]
     # how much of a departure is left 1, 2, ... days later: one number for each, by least squares
     known = slice(first_test - HORIZON)
-    left = days[known, 0] @ targets[known] / days[known, 0].square().sum()
+    damping = days[known, 0] @ targets[known] / days[known, 0].square().sum()
     forecasts = {
-        "persistence": torch.tensor(warmest[today, None]),
-        "climate": ahead,
-        "damped persistence": ahead + deviation[0] * days[today, :1] * left,
         "LSTM": quantiles[..., 1],
+        "damped persistence": ahead + deviation[0] * days[today, :1] * damping,
+        "climate": ahead,
+        "persistence": torch.tensor(warmest[today, None]),
     }
     errors = {name: (forecast - truth).abs().mean(0) for name, forecast in forecasts.items()}
     means = {name: error.mean().item() for name, error in errors.items()}
@@ -98,28 +98,21 @@ def main() -> None:
     inside = ((truth > quantiles[..., 0]) & (truth < quantiles[..., 2])).float().mean()
     print(f"{inside:.0%} of the days were within the 80 % range")
 
-    with figure(options, panels=2, size=(10, 3.2), ratios=(2.2, 1)) as (left_axes, right):
-        shown = range(120, 200)
-        left_axes.plot(shown, truth[shown, 0], ".", color=INK, markersize=4, label="measured", zorder=3)
-        left_axes.plot(shown, ahead[shown, 0], ":", color=BASELINE_COLOR, label="climate")
+    with figure(options, panels=2, size=(10, 3.2), ratios=(2.2, 1)) as (forecast, right):
+        shown, dates = range(120, 200), weather["date"].to_numpy()[first_test:]
+        forecast.plot(dates[shown], truth[shown, 0], ".", color=INK, markersize=4, label="measured", zorder=3)
+        forecast.plot(dates[shown], ahead[shown, 0], ":", color=BASELINE_COLOR, label="climate")
         for day in shown[::8]:
             low, median, high = quantiles[day].T
-            week = range(day, day + HORIZON)
-            left_axes.fill_between(week, low, high, color=LSTM_COLOR, alpha=0.25, linewidth=0)
-            left_axes.plot(
-                week, median, color=LSTM_COLOR, label="LSTM, with its 80 % range" if day == shown[0] else None
-            )
-        dates = [weather["date"].iloc[first_test + day] for day in shown]
-        ticks = {day: f"{date:%d %b %Y}" for day, date in zip(shown, dates, strict=True) if date.day in (1, 15)}
-        left_axes.set(title="Highest temperature, and forecasts of a week", ylabel="degrees Celsius")
-        left_axes.set_xticks(list(ticks), ticks.values())
-        left_axes.legend(ncols=3, loc="lower right", fontsize=7)
-        styles = {"persistence": ":", "climate": "--", "damped persistence": "-.", "LSTM": "-"}
-        colors = {"LSTM": LSTM_COLOR, "damped persistence": ACCENT_COLOR}
-        for name, error in errors.items():
-            color = colors.get(name, BASELINE_COLOR)
-            right.plot(range(1, HORIZON + 1), error, styles[name], color=color, label=name)
-        right.set(title="Mean error on the test year", xlabel="days ahead", ylabel="degrees")
+            week = dates[day : day + HORIZON]
+            forecast.fill_between(week, low, high, color=LSTM_COLOR, alpha=0.25, linewidth=0)
+            forecast.plot(week, median, color=LSTM_COLOR)
+        forecast.set(title="Highest temperature: forecasts of a week, with their 80 % range", ylabel="degrees Celsius")
+        forecast.legend(ncols=2, loc="lower right", fontsize=7)
+        styles = (("-", LSTM_COLOR), ("-.", ACCENT_COLOR), ("--", BASELINE_COLOR), (":", BASELINE_COLOR))
+        for (name, error), (style, color) in zip(errors.items(), styles, strict=True):
+            right.plot(range(1, HORIZON + 1), error, style, color=color, label=name)
+        right.set(title="Mean error of the year", xlabel="days ahead", ylabel="degrees")
         right.legend(fontsize=7)
 
 

@@ -13,17 +13,17 @@ Data: random numbers, drawn afresh for every batch.
 
 from __future__ import annotations
 
-import statistics
-
 import torch
-from common import ACCENT_COLOR, BASELINE_COLOR, LSTM_COLOR, arguments, explain_and_compare, figure, fit, report
+from common import arguments, explain_and_compare, fit, report
+from plots import ACCENT_COLOR, BASELINE_COLOR, LSTM_COLOR, figure
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_sequence
 
 from fastlstm import LSTM  # was: from torch.nn import LSTM
 
 BATCH, HIDDEN, LENGTH = 50, 64, 100
-GATE_COLORS = (LSTM_COLOR, "#3c6e9f", "#d9a441")
+COLORS = {"RNN": ACCENT_COLOR, "LSTM": LSTM_COLOR}
+GATES = {"input": LSTM_COLOR, "forget": "#3c6e9f", "output": "#d9a441"}
 
 
 class Adder(nn.Module):
@@ -60,19 +60,11 @@ def loss(model: Adder, sequences: list[Tensor], sums: Tensor) -> Tensor:
     return nn.functional.mse_loss(model(sequences), sums)
 
 
-def gradient_norms(model: Adder) -> list[float]:
-    """Return the norm of d(answer) / d(state) for the states 1, 2, ... steps before the last, mean over a batch."""
-    sequences = torch.stack([torch.rand(LENGTH, BATCH), (torch.rand(LENGTH, BATCH) < 0.02).float()], dim=2)
-    state, states = None, []
-    for step in sequences.split(1):
-        _, state = model.recurrent(step, state)
-        parts = state if isinstance(state, tuple) else (state,)
-        for part in parts:
-            part.retain_grad()
-        states.append(parts)
-    model.head(states[-1][0]).sum().backward()
-    gradients = [[part.grad for part in parts if part.grad is not None] for parts in reversed(states)]
-    return [sum(gradient.norm(dim=2).mean().item() for gradient in parts) for parts in gradients]
+def sensitivity(model: Adder) -> list[float]:
+    """Return the norm of d(answer) / d(input) for the inputs 0, 1, 2, ... steps before the last, mean over a batch."""
+    sequences = torch.stack([torch.rand(BATCH, LENGTH), (torch.rand(BATCH, LENGTH) < 0.02).float()], dim=2)
+    (gradients,) = torch.autograd.grad(model(list(sequences.requires_grad_())).sum(), sequences)
+    return gradients.norm(dim=2).mean(0).flip(0).tolist()
 
 
 @torch.no_grad()
@@ -83,57 +75,45 @@ def gates(lstm: LSTM, sequence: Tensor) -> Tensor:
     for step in sequence:
         i, f, _, o = (weight_ih @ step + bias_ih + weight_hh @ h + bias_hh).view(4, HIDDEN).sigmoid()
         rows.append(torch.stack([i, f, o]))
-        output, state = lstm(step[None], state)
-        h = output[0]
+        (h,), state = lstm(step[None], state)
     return torch.stack(rows, dim=1)
 
 
 def main() -> None:
     """Train both, and look at their errors, their gradients and the LSTM's gates."""
     options = arguments(__doc__)
-    steps = 20 if options.smoke else 1500
     test, sums = draw(1000)
     lstm = LSTM(2, HIDDEN)
     models = {"RNN": Adder(nn.RNN(2, HIDDEN)), "LSTM": Adder(lstm)}
-    losses, errors, norms = {}, {}, {}
+    losses, errors, untrained = {}, {}, {name: sensitivity(model) for name, model in models.items()}
     for name, model in models.items():
-        norms[f"{name}, untrained"] = gradient_norms(model)
+        steps = 20 if options.smoke else 1500
         losses[name] = fit(model, lambda: loss(model, *draw(BATCH)), steps, learning_rate=0.01)  # noqa: B023
-        norms[name] = gradient_norms(model)
-        with torch.no_grad():
-            errors[name] = loss(model, test, sums).item()
-    batch = draw(BATCH)
-    explain_and_compare(models["LSTM"], lambda each: loss(each, *batch))
+        errors[name] = loss(model, test, sums).item()
+    explain_and_compare(models["LSTM"], lambda each: loss(each, test[:BATCH], sums[:BATCH]))
     always_one = nn.functional.mse_loss(torch.ones_like(sums), sums).item()
     baselines = {"always 1": always_one, "RNN": errors["RNN"]}
     report(f"squared error on {len(test)} fresh sequences", errors["LSTM"], baselines, better="lower")
 
-    colors = {"RNN": ACCENT_COLOR, "LSTM": LSTM_COLOR}
     with figure(options, panels=3, size=(10, 3)) as (left, middle, right):
-        for name, values in losses.items():
-            smooth = [statistics.mean(values[max(0, end - 25) : end]) for end in range(1, len(values) + 1)]
-            left.semilogy(smooth, color=colors[name], label=name)
+        for name, model in models.items():
+            left.semilogy(torch.tensor(losses[name]).unfold(0, 20, 1).mean(1), color=COLORS[name], label=name)
+            middle.semilogy(untrained[name], "--", color=COLORS[name], label=f"{name}, untrained")
+            middle.semilogy(sensitivity(model), color=COLORS[name], label=name)
         left.axhline(always_one, color=BASELINE_COLOR, linestyle=":", label="always 1")
         left.set(title="Squared error while learning to add", xlabel="training step")
-        left.legend()
-        for name, values in norms.items():
-            style = "--" if "untrained" in name else "-"
-            middle.semilogy(values, style, color=colors[name.split(",")[0]], label=name)
-        middle.set(title="Gradient that reaches a state", xlabel="steps before the answer", ylim=(1e-12, 10))
-        middle.legend(fontsize=7)
-        marked = test[0][:, 1].nonzero().flatten()
-        activations = gates(lstm, test[0])
-        input_gates = activations[0]
-        writer = int((input_gates[marked].mean(0) - input_gates.mean(0)).argmax())  # the unit that listens to the marks
-        for place in marked.tolist():
-            right.axvline(place, color=ACCENT_COLOR, linestyle=":", label="marked" if place == marked[0] else None)
-        for gate, name, color in zip(activations, ("input", "forget", "output"), GATE_COLORS, strict=True):
+        middle.set(title="Gradient that reaches an input", xlabel="steps before the answer", ylim=(1e-12, 10))
+        marked, activations = test[0][:, 1].nonzero().flatten(), gates(lstm, test[0])
+        # the unit whose input gate listens to the marks
+        writer = int((activations[0, marked].mean(0) - activations[0].mean(0)).argmax())
+        right.vlines(marked, 0, 1, color=ACCENT_COLOR, linestyle=":", label="marked")
+        for gate, (name, color) in zip(activations, GATES.items(), strict=True):
             right.plot(gate[:, writer], color=color, label=name)
-        right.set(title="Gates of one unit of the LSTM", xlabel="step", ylim=(-0.02, 1.05))
-        right.legend(fontsize=7)
+        right.set(title="Gates of one unit of the LSTM", xlabel="step")
         for axes in (left, middle):
             axes.yaxis.set_major_formatter("{x:g}")
-            axes.minorticks_off()
+        for axes in (left, middle, right):
+            axes.legend(fontsize=7)
 
 
 if __name__ == "__main__":

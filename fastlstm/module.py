@@ -23,7 +23,7 @@ from fastlstm.dispatch import Decision
 class LSTM(nn.RNNBase):
     """`torch.nn.LSTM` with the recurrence in fused kernels: same arguments, parameters, results and errors.
 
-    See `torch.nn.LSTM` for the arguments; the one that is new is last. With T time steps, B rows, I = input_size,
+    See `torch.nn.LSTM` for the arguments; the two that are new are last. With T time steps, B rows, I = input_size,
     H = hidden_size, P = proj_size or H, L = num_layers and D = 2 if bidirectional, otherwise 1:
 
     Args:

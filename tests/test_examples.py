@@ -1,9 +1,11 @@
-"""Every example runs in smoke mode and ends with a metric beside its baselines and a plot; the comparison is fair."""
+"""Every example runs in smoke mode and ends with a metric beside its baselines and a plot; what they share is right."""
 
 from __future__ import annotations
 
+import functools
 import math
 import os
+import random
 import re
 import subprocess
 import sys
@@ -13,11 +15,13 @@ import pytest
 import torch
 
 import fastlstm
-from examples import common
+from examples import common, ngrams
 
 ROOT = Path(__file__).resolve().parent.parent
+SHARED = {"common", "ngrams", "plots"}
 # distributed.py is started by torch's launcher, in test_distributed.py
-EXAMPLES = sorted({path.stem for path in (ROOT / "examples").glob("*.py")} - {"common", "distributed"})
+EXAMPLES = sorted({path.stem for path in (ROOT / "examples").glob("*.py")} - SHARED - {"distributed"})
+VALIDATED = ("gestures", "music", "weather")  # settings that were chosen on a part of the training data
 # what an example needs beside the extra bench
 PACKAGES = {
     "gestures": ("aeon", "sklearn"),
@@ -40,27 +44,82 @@ class Reader(torch.nn.Module):
         self.head = torch.nn.Linear(8, 1)
 
 
-@pytest.mark.parametrize("name", EXAMPLES)
-def test_smoke(name, tmp_path):
-    for package in PACKAGES.get(name, ()):
-        pytest.importorskip(package)
-    command = [sys.executable, str(ROOT / "examples" / f"{name}.py"), "--smoke", "--out", str(tmp_path)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+Scores = dict[str, float]
 
-    results = re.findall(r"^result: .+ \((higher|lower) is better\): (.+)$", done.stdout, re.MULTILINE)
-    assert results, done.stdout
-    for better, figures in results:
-        values = {label: float(value) for label, value in re.findall(r"([^,]+?) (-?[\d.]+|nan|inf)(?:, |$)", figures)}
-        assert len(values) >= 2, figures
-        assert all(map(math.isfinite, values.values())), figures
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Run an example in smoke mode, once per module; hand out what it printed, and where its plot is."""
+
+    @functools.cache
+    def run_example(name: str, *flags: str) -> tuple[str, Path]:
+        for package in PACKAGES.get(name, ()):
+            pytest.importorskip(package)
+        folder = tmp_path_factory.mktemp(name)
+        command = [sys.executable, str(ROOT / "examples" / f"{name}.py"), "--smoke", *flags, "--out", str(folder)]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        return done.stdout, folder / f"{name}.png"
+
+    return run_example
+
+
+def results(printed: str) -> list[tuple[str, Scores]]:
+    """What is better, and the scores, of each result in an example's output."""
+    found = re.findall(r"^result: .+ \((higher|lower) is better\): (.+)$", printed, re.MULTILINE)
+    scores = re.compile(r"([^,]+?) (-?[\d.]+|nan|inf)(?:, |$)")
+    return [(better, {label: float(value) for label, value in scores.findall(line)}) for better, line in found]
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_smoke(name, run):
+    printed, plot = run(name)
+    assert results(printed), printed
+    for better, scores in results(printed):
+        assert len(scores) >= 2, printed
+        assert all(map(math.isfinite, scores.values())), printed
         if name in QUICK:
-            difference = values["LSTM"] - values[QUICK[name]]
-            assert difference > 0 if better == "higher" else difference < 0, figures
-    assert re.search(r"^explain\(\w+\): \w+ \(\w+\) on ", done.stdout, re.MULTILINE), done.stdout
-    assert re.search(r"^time: .+ with torch.nn.LSTM, .+ with fastlstm: .+x", done.stdout, re.MULTILINE), done.stdout
-    assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+            difference = scores["LSTM"] - scores[QUICK[name]]
+            assert difference > 0 if better == "higher" else difference < 0, printed
+    assert re.search(r"^explain\(\w+\): \w+ \(\w+\) on ", printed, re.MULTILINE), printed
+    assert re.search(r"^time: .+ with torch.nn.LSTM, .+ with fastlstm: .+x", printed, re.MULTILINE), printed
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("name", VALIDATED)
+def test_validation_judges_other_data(name, run):
+    """No baseline of these has the same scores on both, and none depends on what the LSTM has learned."""
+    tested, validated = (results(run(name, *flags)[0]) for flags in ((), ("--validate",)))
+    assert len(tested) == len(validated)
+    for (_, scores), (_, others) in zip(tested, validated, strict=True):
+        assert scores.keys() == others.keys()
+        assert {**scores, "LSTM": 0} != {**others, "LSTM": 0}
+
+
+def test_validation_leaves_the_test_alone():
+    parts = []
+    for validate in (False, True):
+        random.seed(7)
+        parts.append(common.split(range(40), 1 / 4, validate=validate))
+    (seen, test), (rest, validation) = parts
+    assert sorted(seen + test) == list(range(40))
+    assert len(test) == 10
+    assert sorted(rest + validation) == sorted(seen)
+    assert len(validation) == round(30 / 4)
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_short(name):
+    assert len((ROOT / "examples" / f"{name}.py").read_text(encoding="utf-8").splitlines()) <= 120
+
+
+def test_ngrams():
+    # after the first symbol "a" came twice and "b" once, so by the rule "a" has (2 + 2 / 3) / (3 + 2) of 3 symbols
+    assert ngrams.ngram_bits(["aaba"], ["ba"], order=1, symbols=3) == pytest.approx(-math.log2(8 / 15))
+    assert ngrams.ngram_bits(["ab" * 500], ["ab" * 50], order=1, symbols=3) == pytest.approx(1, abs=0.01)
+    assert ngrams.ngram_bits(["ab" * 500], ["ab" * 50], order=2, symbols=3) < 0.01
+    assert ngrams.ngram_bits([], [(1, 2, 3)], order=3, symbols=8) == 3
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
