@@ -40,7 +40,7 @@ def make_column(ratio: float | None) -> results.Column:
         column["ms"] = {"median": ms, "p20": ms, "p80": ms}
         column["ratio"] = {"median": ratio, "p20": ratio * 0.95, "p80": ratio * 1.05}
         column["samples"] = [ms] * 9
-        column["peak_bytes"] = int(1000 / ratio)
+        column["peak_bytes"] = int(1e6 / ratio)
     return column
 
 
@@ -72,7 +72,7 @@ def make_result() -> results.Result:
         "source": "5eed",
         "machine": {"cpu": "a processor", "cores": 2, "gpu": None, "os": "an os", "load_1min": 0.1},
         "versions": {"python": "3.11", "torch": "2.13.0", "triton": None, "cuda": None, "cudnn": None},
-        "settings": {"threads": 1},
+        "settings": {"threads": 1, "memory": results.RESIDENT},
         "probe": {"fp32": 100.0, "bandwidth GB/s": 20.0},
         "columns": {STOCK: "stock", OURS: "ours", EAGER: "<a loop>"},
         "absent": {"haste": "haste_pytorch is not installed"},
