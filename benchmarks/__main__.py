@@ -26,7 +26,7 @@ from benchmarks.page import write_page
 from benchmarks.peers import INPUT_PRODUCT, OURS, PEERS, STOCK, Peer
 from benchmarks.plot import draw
 from benchmarks.probe import probe
-from benchmarks.report import print_report, refusals
+from benchmarks.report import make_console, print_report, refusals
 from benchmarks.results import FOLDER, SCHEMA, Result, add, has, provenance, save, taken_up
 from benchmarks.suites import SUITES, quick_workloads
 from benchmarks.workloads import DTYPES, Workload
@@ -81,9 +81,7 @@ def main(arguments: list[str] | None = None) -> int:
         torch.set_num_threads(options.threads)
     # stock says so on its projection rows, on every run
     warnings.filterwarnings("ignore", message="LSTM with projections is not supported with oneDNN")
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=132)
+    console = make_console()
     path = options.json or FOLDER / f"local-{device.type}.json"
     result = describe(device)
     if not options.fresh:

@@ -14,16 +14,16 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import NormalDist
 from typing import Literal, NamedTuple
 
 import numpy as np
-from rich.console import Console
 
 from benchmarks.peers import OURS, STOCK
-from benchmarks.report import print_table
+from benchmarks.report import make_console, print_table
 from benchmarks.results import SMALLEST_PEAK, Column, Result, Row, load, provenance
 from benchmarks.tables import Cell, Table
 
@@ -132,13 +132,10 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("new", type=Path)
     parser.add_argument("--all", action="store_true", help="print the rows on which nothing changed, too")
     options = parser.parse_args(arguments)
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=132)
+    console = make_console()
     old, new = load(options.old), load(options.new)
     console.print(f"old: {provenance(old)}\nnew: {provenance(new)}", highlight=False)
-    names = {"cpu", "gpu"}
-    if {old["machine"][name] for name in names} != {new["machine"][name] for name in names}:
+    if any(old["machine"][name] != new["machine"][name] for name in ("cpu", "gpu")):
         console.print("[bold]different machines[/]: what follows compares them, not the code")
     verdicts = list(compare(old, new))
     if not verdicts:
@@ -158,8 +155,6 @@ def main(arguments: list[str]) -> int:
     ]
     header = ["workload", "verdict", "speed", "interval", "note"]
     print_table(Table("new speed / old speed, each relative to stock of its own run", header, rows), console)
-    counts = {
-        word: sum(verdict.word == word for verdict in verdicts) for word in dict.fromkeys(v.word for v in verdicts)
-    }
+    counts = Counter(verdict.word for verdict in verdicts)
     console.print(", ".join(f"{word}: {count}" for word, count in counts.items()) + f" of {len(verdicts)}")
     return int(any(verdict.word in ("slower", "refused", "more memory") for verdict in verdicts))

@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 import fastlstm
 from benchmarks.peers import OURS, PEERS, STOCK, STOCK_LSTM, Peer
-from benchmarks.results import Column, Row, rounded
+from benchmarks.results import Column, Row, rounded, untimed
 from benchmarks.timing import Step, interleave, spread
 from benchmarks.workloads import DTYPES, Workload
 from tests.helpers import TOLERANCES, assert_close, relative_error, run_lstm
@@ -63,17 +63,7 @@ def run_workload(
     found: dict[str, Column] = {}
     for name in peers:
         status, errors = checked.get(name, ("ok" if not limits[name] else f"not supported: {limits[name]}", {}))
-        found[name] = {
-            "status": status,
-            "error": worst(errors),
-            "errors": errors,
-            "rounds": 0,
-            "calls": 0,
-            "ms": None,
-            "ratio": None,
-            "samples": [],
-            "peak_bytes": None,
-        }
+        found[name] = untimed(status, worst(errors), errors)
     row: Row = {
         "name": workload.name,
         "suite": suite,

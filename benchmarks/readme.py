@@ -41,8 +41,8 @@ def readme_table(result: Result, pattern: str = "", column: str = OURS) -> str:
     for row in result["rows"]:
         if row["suite"] == "default" and re.search(pattern, row["name"]):
             pairs.setdefault(label(row), {})[row["training"]] = row
-    way = str(result["settings"]["memory"])
-    counted = {RESIDENT: "memory"}.get(way, way)
+    way = result["settings"]["memory"]
+    counted = "memory" if way == RESIDENT else way
     lines = [
         f"| workload | forward, no_grad | forward and backward | {counted} at the peak, training |",
         "|---|---|---|---|",

@@ -43,6 +43,21 @@ class Column(TypedDict):
     peak_bytes: int | None
 
 
+def untimed(status: str, error: float | None = None, errors: dict[str, float | None] | None = None) -> Column:
+    """A column of which nothing but the check is known."""
+    return {
+        "status": status,
+        "error": error,
+        "errors": errors or {},
+        "rounds": 0,
+        "calls": 0,
+        "ms": None,
+        "ratio": None,
+        "samples": [],
+        "peak_bytes": None,
+    }
+
+
 class Row(TypedDict):
     """One workload. `route` is what fastlstm.explain answers: backend and regime."""
 

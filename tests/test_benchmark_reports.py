@@ -149,10 +149,20 @@ def test_command_writes_figures_and_plot(tmp_path):
     assert result["machine"]["cpu"]
 
 
-def test_interrupted_run_goes_on(tmp_path, monkeypatch):
+@pytest.fixture
+def command(monkeypatch):
+    """`python -m benchmarks` without pictures, probes and other processes."""
     needs_extras()
     from benchmarks import __main__ as command
 
+    monkeypatch.setattr(command, "probe", lambda *_: {"fp32": 1.0, "bandwidth GB/s": 1.0})
+    monkeypatch.setattr("benchmarks.memory.way", lambda _: results.TENSORS)
+    monkeypatch.setattr(command, "draw", lambda *_: None)
+    monkeypatch.setattr(command, "write_page", lambda _, path: path)
+    return command
+
+
+def test_interrupted_run_goes_on(tmp_path, monkeypatch, command):
     path, count = tmp_path / "result.json", []
 
     def run_and_count(workload, *args, **kwargs):
@@ -163,7 +173,6 @@ def test_interrupted_run_goes_on(tmp_path, monkeypatch):
 
     monkeypatch.setattr(command, "run_workload", run_and_count)
     monkeypatch.setattr(command, "source", lambda: "5eed")
-    monkeypatch.setattr(command, "probe", lambda *_: {"fp32": 1.0})
     monkeypatch.setattr(sys, "argv", ["-"])
     arguments = ["--suite=stack", "--device=cpu", "--budget=0.01", "--filter=^b/dense/fp32", f"--json={path}"]
     assert command.main(arguments) == 0
@@ -176,12 +185,11 @@ def test_interrupted_run_goes_on(tmp_path, monkeypatch):
     assert [row["name"] for row in results.load(path)["rows"]] == ["b/dense/fp32/forward"]
 
 
-def test_refusal_fails_the_command(tmp_path, monkeypatch, capsys):
-    needs_extras()
-    from benchmarks.__main__ import main
-
+def test_refusal_fails_the_command(tmp_path, monkeypatch, capsys, command):
     monkeypatch.setitem(PEERS, OURS, Peer(Scaled, ""))
-    status = main(["--device=cpu", "--budget=0.01", "--filter=^g/.*forward", f"--json={tmp_path / 'result.json'}"])
+    status = command.main(
+        ["--device=cpu", "--budget=0.01", "--filter=^g/.*forward", f"--json={tmp_path / 'result.json'}"]
+    )
     assert status == 1
     printed = capsys.readouterr().out
     assert "refused g/dense/fp32/forward, fastlstm: wrong result" in " ".join(printed.split())
