@@ -21,11 +21,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from benchmarks import charlm, compare
 from benchmarks.machine import command, commit, find_device, machine, now, source, versions
 from benchmarks.measure import run_workload
+from benchmarks.memory import Meter, way
 from benchmarks.page import write_page
 from benchmarks.peers import INPUT_PRODUCT, OURS, PEERS, STOCK, Peer
 from benchmarks.plot import draw
 from benchmarks.probe import probe
-from benchmarks.report import print_report, refusals
+from benchmarks.report import make_console, print_report, refusals
 from benchmarks.results import FOLDER, SCHEMA, Result, add, has, provenance, save, taken_up
 from benchmarks.suites import SUITES, quick_workloads
 from benchmarks.workloads import DTYPES, Workload
@@ -80,9 +81,7 @@ def main(arguments: list[str] | None = None) -> int:
         torch.set_num_threads(options.threads)
     # stock says so on its projection rows, on every run
     warnings.filterwarnings("ignore", message="LSTM with projections is not supported with oneDNN")
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=132)
+    console = make_console()
     path = options.json or FOLDER / f"local-{device.type}.json"
     result = describe(device)
     if not options.fresh:
@@ -96,7 +95,8 @@ def main(arguments: list[str] | None = None) -> int:
     begin = time.perf_counter()
     try:
         steps = (options.steps or JOB_STEPS[options.quick]) * wants_job
-        run(result, path, selected, steps, device, options, console)
+        with Meter(device) as peak:
+            run(result, path, selected, steps, device, options, console, peak)
     except KeyboardInterrupt:
         console.print("[bold]interrupted[/]: what was measured so far follows; the same command goes on from here\n")
     print_report(result, console)
@@ -139,6 +139,7 @@ def run(
     device: torch.device,
     options: argparse.Namespace,
     console: Console,
+    peak: Meter,
 ) -> None:
     """Fill `result` and its file row by row, under a progress bar or, where there is no terminal, a line for each."""
     budget_s = options.budget or BUDGET_S[options.quick]
@@ -164,6 +165,9 @@ def run(
             except torch.OutOfMemoryError as problem:  # of the check in float64, or of the input
                 console.print(f"{workload.name} is left out: {str(problem).splitlines()[0]}", highlight=False)
                 continue
+            if measure == "speed":
+                for name, column in row["columns"].items():
+                    column["peak_bytes"] = peak(workload, name) if column["ms"] else None
             add(result, row)
             save(result, path)
             if not console.is_terminal:
@@ -192,6 +196,7 @@ def describe(device: torch.device) -> Result:
             "threads": torch.get_num_threads(),
             "tf32_cudnn": torch.backends.cudnn.allow_tf32,
             "tf32_matmul": torch.backends.cuda.matmul.allow_tf32,
+            "memory": way(device),
         },
         "probe": {},
         "columns": {},

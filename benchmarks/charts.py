@@ -22,7 +22,7 @@ from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 from benchmarks.peers import OURS, STOCK
 from benchmarks.plot import FASTER, INK, QUIET, SLOWER
 from benchmarks.probe import BANDWIDTH
-from benchmarks.results import Result, Row, verdict
+from benchmarks.results import SMALLEST_PEAK, Result, Row, verdict
 from benchmarks.workloads import DTYPES
 
 # stock, ours, and the others in the order in which a file names them
@@ -194,7 +194,7 @@ def _rooflines(result: Result) -> Iterator[Chart]:
         knee = peak / bandwidth
         low, high = min([knee / 4, *(x / 2 for x, _ in shown)]), max([knee * 4, *(x * 2 for x, _ in shown)])
         axis.plot([low, knee, high], [bandwidth * low, peak, peak], color=INK, linewidth=1)
-        axis.text(high, peak * 1.1, f"matrix product {peak:,.0f} GFLOP/s", ha="right", va="bottom", fontsize=8)
+        axis.text(high, peak * 1.1, f"products {peak:,.0f} GFLOP/s", ha="right", va="bottom", fontsize=8)
         axis.text(low, bandwidth * low / 1.3, f"copy {bandwidth:,.0f} GB/s", ha="left", va="top", fontsize=8)
         _plain_log(axis, "x")
         _plain_log(axis, "y")
@@ -236,16 +236,18 @@ def _accuracy(result: Result) -> Iterator[Chart]:
 
 
 def _memory(result: Result) -> Iterator[Chart]:
-    """Fastlstm's peak memory over stock's, against stock's."""
+    """Fastlstm's peak memory over stock's, against stock's, where that is more than noise."""
     for training in (False, True):
-        figure, axis = _small("fastlstm's peak / stock's", "stock's peak, MiB of tensors")
+        figure, axis = _small("fastlstm's peak / stock's", f"stock's peak, MiB ({result['settings']['memory']})")
         drawn = False
         for packed, color in ((False, QUIET), (True, FASTER)):
             points = []
             for row in result["rows"]:
                 stock, ours = (row["columns"].get(name) for name in (STOCK, OURS))
                 wanted = row["training"] == training and row["kind"].startswith("packed") == packed
-                if wanted and stock and ours and stock["peak_bytes"] and ours["peak_bytes"]:
+                if not (wanted and stock and ours and stock["peak_bytes"] and ours["peak_bytes"]):
+                    continue
+                if stock["peak_bytes"] >= SMALLEST_PEAK:
                     points.append((stock["peak_bytes"] / 2**20, ours["peak_bytes"] / stock["peak_bytes"]))
             if points:
                 drawn = True

@@ -14,24 +14,24 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import NormalDist
 from typing import Literal, NamedTuple
 
 import numpy as np
-from rich.console import Console
 
 from benchmarks.peers import OURS, STOCK
-from benchmarks.report import print_table
-from benchmarks.results import Column, Result, Row, load, provenance
+from benchmarks.report import make_console, print_table
+from benchmarks.results import SMALLEST_PEAK, Column, Result, Row, load, provenance
 from benchmarks.tables import Cell, Table
 
 CHANGE = 0.05  # a smaller change is not reported: two runs of the same code differ by up to so much
 LEVEL = 0.01  # chance that a comparison of like with like reports any row
 RESAMPLES = 1000
 FEWEST_ROUNDS = 3
-MEMORY = 1.05
+MEMORY = 1.1  # two processes that do the same differ by up to 5 %
 
 Word = Literal["faster", "even", "unclear", "slower", "refused", "more memory"]
 
@@ -83,9 +83,21 @@ def compare(old: Result, new: Result, column: str = OURS) -> Iterator[Verdict]:
     pairs = [(before[key], row) for row in new["rows"] if (key := (row["suite"], row["name"])) in before]
     timed = [(a, b) for a, b in pairs if column in a["columns"] and column in b["columns"]]
     level = LEVEL / max(1, len(timed))
+    same_way = old["settings"]["memory"] == new["settings"]["memory"]
     for a, b in timed:
         note = "" if a["route"] == b["route"] else f"route: {a['route']} before, {b['route']} now"
-        yield _verdict(a, b, column, level, note)
+        verdict = _verdict(a, b, column, level, note)
+        growth = _growth(a["columns"][column], b["columns"][column]) if same_way else 1.0
+        if verdict.word != "slower" and growth > 1:
+            note = f"{growth:.2f}x the bytes; {verdict.note}".rstrip("; ")
+            verdict = verdict._replace(word="more memory", note=note)
+        yield verdict
+
+
+def _growth(old: Column, new: Column) -> float:
+    """New peak / old peak of memory; 1 where there is none, or where the difference may be noise."""
+    before, now = old["peak_bytes"] or 0, new["peak_bytes"] or 0
+    return now / before if before and now > max(MEMORY * before, SMALLEST_PEAK) else 1.0
 
 
 def _verdict(old: Row, new: Row, column: str, level: float, note: str) -> Verdict:
@@ -104,8 +116,6 @@ def _verdict(old: Row, new: Row, column: str, level: float, note: str) -> Verdic
         word = "faster"
     elif high > 1 + 2 * CHANGE or low < 1 - 2 * CHANGE:
         word = "unclear"
-    if word != "slower" and a["peak_bytes"] and b["peak_bytes"] and b["peak_bytes"] > MEMORY * a["peak_bytes"]:
-        word, note = "more memory", f"{b['peak_bytes'] / a['peak_bytes']:.2f}x the bytes; {note}".rstrip("; ")
     return Verdict(*key, word, change, low, high, note)
 
 
@@ -122,13 +132,10 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("new", type=Path)
     parser.add_argument("--all", action="store_true", help="print the rows on which nothing changed, too")
     options = parser.parse_args(arguments)
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=132)
+    console = make_console()
     old, new = load(options.old), load(options.new)
     console.print(f"old: {provenance(old)}\nnew: {provenance(new)}", highlight=False)
-    names = {"cpu", "gpu"}
-    if {old["machine"][name] for name in names} != {new["machine"][name] for name in names}:
+    if any(old["machine"][name] != new["machine"][name] for name in ("cpu", "gpu")):
         console.print("[bold]different machines[/]: what follows compares them, not the code")
     verdicts = list(compare(old, new))
     if not verdicts:
@@ -148,8 +155,6 @@ def main(arguments: list[str]) -> int:
     ]
     header = ["workload", "verdict", "speed", "interval", "note"]
     print_table(Table("new speed / old speed, each relative to stock of its own run", header, rows), console)
-    counts = {
-        word: sum(verdict.word == word for verdict in verdicts) for word in dict.fromkeys(v.word for v in verdicts)
-    }
+    counts = Counter(verdict.word for verdict in verdicts)
     console.print(", ".join(f"{word}: {count}" for word, count in counts.items()) + f" of {len(verdicts)}")
     return int(any(verdict.word in ("slower", "refused", "more memory") for verdict in verdicts))

@@ -19,8 +19,8 @@ from torch.nn.utils.rnn import PackedSequence
 
 import fastlstm
 from benchmarks.peers import OURS, PEERS, STOCK, STOCK_LSTM, Peer
-from benchmarks.results import Column, Row, rounded
-from benchmarks.timing import Step, interleave, peak_bytes, spread
+from benchmarks.results import Column, Row, rounded, untimed
+from benchmarks.timing import Step, interleave, spread
 from benchmarks.workloads import DTYPES, Workload
 from tests.helpers import TOLERANCES, assert_close, relative_error, run_lstm
 
@@ -42,7 +42,7 @@ def run_workload(
     measure: Measure = "speed",
     peers: Mapping[str, Peer] = PEERS,
 ) -> Row:
-    """Build, check and time every column of a workload.
+    """Build, check and time every column of a workload; its memory is measured by `memory.py`, elsewhere.
 
     Args:
         workload: what to run.
@@ -63,17 +63,7 @@ def run_workload(
     found: dict[str, Column] = {}
     for name in peers:
         status, errors = checked.get(name, ("ok" if not limits[name] else f"not supported: {limits[name]}", {}))
-        found[name] = {
-            "status": status,
-            "error": worst(errors),
-            "errors": errors,
-            "rounds": 0,
-            "calls": 0,
-            "ms": None,
-            "ratio": None,
-            "samples": [],
-            "peak_bytes": None,
-        }
+        found[name] = untimed(status, worst(errors), errors)
     row: Row = {
         "name": workload.name,
         "suite": suite,
@@ -113,7 +103,6 @@ def _time(
         if baseline:
             column["ratio"] = spread([theirs / own for theirs, own in zip(baseline, times, strict=True)])
         column["samples"] = [rounded(value) for value in times]
-        column["peak_bytes"] = peak_bytes(steps[name], device)
 
 
 def build(workload: Workload, device: torch.device, peers: Mapping[str, Peer]) -> dict[str, RNNBase]:

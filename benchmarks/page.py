@@ -22,13 +22,14 @@ NOTES = {
     "Where is it faster: ratio to stock over H and B": "Stock's time / fastlstm's. Green is faster, red is slower than "
     "stock by more than its noise; grey was not measured.",
     "Time of a step as sequences grow": "The median time of a call / T.",
-    "Roofline: against what this machine can do": "The roofs are a matrix product (float32: without TF32) and a copy, "
-    "measured before the run. A point above the slanted roof is only possible where the weights stay in registers or "
-    "caches from step to step.",
+    "Roofline: against what this machine can do": "The flat roof is a matrix product (float32: without TF32) or, on a "
+    "CPU, oneDNN's product or LSTM on a large batch, whichever is fastest; the slanted one a copy; both are measured "
+    "before the run. A point above the slanted roof is only possible where the weights stay in registers or caches "
+    "between steps; one above the flat roof shows that the clock has risen since.",
     "Accuracy as sequences grow": "The largest absolute difference, relative to the largest magnitude in the float64 "
     "result or to 1. The dotted line is the dtype's machine epsilon.",
-    "Memory at the peak of a call": "What one call holds at once beyond what was held before it, counted by torch's "
-    "allocator; above 1, in the shaded part, fastlstm needs more than stock.",
+    "Memory at the peak of a call": "What one call needs at its peak beyond what is held before it, its results and "
+    "gradients included; above 1, in the shaded part, fastlstm needs more than stock. None is drawn under half a MiB.",
 }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from benchmarks.peers import OURS
-from benchmarks.results import FOLDER, Result, Row, load, provenance, verdict
+from benchmarks.results import FOLDER, RESIDENT, Result, Row, load, provenance, verdict
 from benchmarks.tables import milliseconds
 
 README = FOLDER.parent.parent / "README.md"
@@ -41,8 +41,10 @@ def readme_table(result: Result, pattern: str = "", column: str = OURS) -> str:
     for row in result["rows"]:
         if row["suite"] == "default" and re.search(pattern, row["name"]):
             pairs.setdefault(label(row), {})[row["training"]] = row
+    way = result["settings"]["memory"]
+    counted = "memory" if way == RESIDENT else way
     lines = [
-        "| workload | forward, no_grad | forward and backward | tensor bytes at the peak, training |",
+        f"| workload | forward, no_grad | forward and backward | {counted} at the peak, training |",
         "|---|---|---|---|",
     ]
     for name, modes in pairs.items():

@@ -13,6 +13,12 @@ from benchmarks.tables import Table, summaries, tables
 STYLES = {"faster": "bold green", "slower": "bold red", "refused": "red", "rough": "yellow"}
 
 
+def make_console() -> Console:
+    """The terminal, or lines long enough for a table where there is none."""
+    console = Console()
+    return console if console.is_terminal else Console(width=132)
+
+
 def print_report(result: Result, console: Console) -> None:
     """Print everything; a narrow terminal gets no memory and no route."""
     for table in tables(result):

@@ -8,7 +8,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal, TypedDict
 
-SCHEMA = 2
+SCHEMA = 3
+RESIDENT, TENSORS, ALLOCATED = "resident set", "tensor bytes", "torch's allocator"
+SMALLEST_PEAK = 1 << 19  # bytes; the system counts pages, to about a hundred kilobytes
 FOLDER = Path(__file__).parent / "results"
 
 
@@ -26,7 +28,8 @@ class Column(TypedDict):
     `status` is "ok"; "rough: ...", less accurate than the tests allow, but timed; or why nothing was timed. `error` is
     the largest of `errors`, relative ones against float64 by tensor. `ms` is per call; a sample averages `calls` calls,
     there are `rounds` of them, and `samples` holds all, so that entries of one round are one round in every column.
-    `ratio` is stock's time / this column's, paired by round: above 1 is faster.
+    `ratio` is stock's time / this column's, paired by round: above 1 is faster. `peak_bytes` is what a call needs at
+    its peak beyond what is held before it, in the sense of `settings["memory"]`.
     """
 
     status: str
@@ -38,6 +41,21 @@ class Column(TypedDict):
     ratio: Spread | None
     samples: list[float]
     peak_bytes: int | None
+
+
+def untimed(status: str, error: float | None = None, errors: dict[str, float | None] | None = None) -> Column:
+    """A column of which nothing but the check is known."""
+    return {
+        "status": status,
+        "error": error,
+        "errors": errors or {},
+        "rounds": 0,
+        "calls": 0,
+        "ms": None,
+        "ratio": None,
+        "samples": [],
+        "peak_bytes": None,
+    }
 
 
 class Row(TypedDict):
@@ -89,8 +107,10 @@ class Job(TypedDict):
 class Result(TypedDict):
     """A whole run, with everything needed to judge it and to run it again.
 
-    `source` is a digest of the code that was measured. `probe` is what the machine can do: GFLOP/s of a matrix product
+    `source` is a digest of the code that was measured. `probe` is what the machine can do: GFLOP/s of matrix products
     by dtype, GB/s of a copy. `columns` says what each column is, `absent` why one that was asked for could not run.
+    `settings["memory"]` says what `peak_bytes` counts: RESIDENT, pages that the operating system gave a process for one
+    call; TENSORS, what torch's profiler counts, touched or not; ALLOCATED, what the allocator of a GPU counts.
     """
 
     schema: int
@@ -123,7 +143,7 @@ def save(result: Result, path: Path) -> None:
 
 
 def load(path: Path) -> Result:
-    """Read a result file; one of schema 1, which kept no samples, is brought up to date.
+    """Read a result file; older ones are brought up to date.
 
     Raises:
         ValueError: the file has another schema, or is no result file.
@@ -134,12 +154,15 @@ def load(path: Path) -> Result:
     except (json.JSONDecodeError, AttributeError) as problem:
         raise ValueError(f"{path} is not a result file") from problem
     if schema == 1:
-        result |= {"schema": SCHEMA, "source": "", "probe": {}, "absent": {}}
+        result |= {"source": "", "probe": {}, "absent": {}}
         result["columns"] = dict.fromkeys(result["columns"], "")
         for row in result["rows"]:
             row |= {"suite": "default", "budget_s": 0.0, "flops": 0.0, "weight_bytes": 0}
             for column in row["columns"].values():
                 column |= {"errors": {}, "samples": []}
+    if schema in (1, 2):  # the first kept no samples; both counted tensors on a CPU
+        result["schema"] = SCHEMA
+        result["settings"]["memory"] = ALLOCATED if result["machine"]["gpu"] else TENSORS
     elif schema != SCHEMA:
         raise ValueError(f"{path}: schema {schema}, expected {SCHEMA}")
     return result

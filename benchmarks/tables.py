@@ -205,7 +205,8 @@ def milliseconds(spread: Spread) -> str:
 
 def markdown(result: Result) -> str:
     """Render a whole result file; losses and refusals in bold."""
-    text = [f"# fastlstm beside torch.nn.LSTM\n\n{provenance(result)}; `{result['command']}`\n"]
+    conditions = f"{provenance(result)}; memory: {result['settings']['memory']}; `{result['command']}`"
+    text = [f"# fastlstm beside torch.nn.LSTM\n\n{conditions}\n"]
     for table in tables(result):
         rule = ["---"] * table.names + ["---:"] * (len(table.header) - table.names)
         lines = [table.header, rule] + [

@@ -1,16 +1,14 @@
-"""How long a call takes and how much memory it needs, on a CPU or a GPU."""
+"""How long a call takes, on a CPU or a GPU."""
 
 from __future__ import annotations
 
 import gc
 import math
-import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from torch.autograd.profiler import profile
 
 from benchmarks.results import Spread
 
@@ -103,32 +101,3 @@ def interleave(
         if collecting:
             gc.enable()
     return samples, calls
-
-
-def peak_bytes(step: Step, device: torch.device) -> int:
-    """The most memory one call holds at once beyond what was held before it.
-
-    On a GPU this is the caching allocator's own count. On a CPU it is the running sum of the allocations and
-    frees that torch's profiler records; what a library takes from the system by itself (oneDNN's packed weights
-    and scratch space) is not in it, for any column.
-    """
-    step()
-    if device.type != "cpu":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        step()
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
-
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler reports its start and stop on stderr
-    profiler = profile(profile_memory=True)
-    with profiler:
-        step()
-    assert profiler.kineto_results is not None  # read as recorded: turning it into a trace takes seconds
-    events = [event for event in profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()  # pyright: ignore[reportAttributeAccessIssue]  # torch's stub lacks it
-        peak = max(peak, held)
-    return peak

@@ -215,7 +215,9 @@ def _onednn_has(dtype: torch.dtype) -> bool:
 
 def _obstacle_to_chunks(p: Problem) -> str:
     """Return why `cpu.py` would lose against a loop over the steps, or ''."""
-    if p.T < 4 or (p.T < 24 and not p.training):
+    # stock's float32 steps are the cheapest, those without a graph above all; a projection adds products of its own
+    shortest = (16 if p.training else 48) // (2 if p.dtype == torch.bfloat16 else 1)
+    if (1.5 * shortest if p.P else shortest) > p.T:
         return "a sequence is too short to pay for the call"
     if p.H > 4 * p.P > 0:
         return "the state without its projection is more than four times as wide"

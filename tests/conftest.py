@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import torch
 
@@ -15,7 +16,9 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import pytest
 
+from fastlstm import dispatch, tuning
 from fastlstm.dispatch import has_triton, interpreting
+from fastlstm.timings import timings
 
 # the same sums in the same order on every machine; pytest-xdist is what fills the cores
 torch.set_num_threads(1)
@@ -38,6 +41,21 @@ def _poisoned_memory():
 def _full_float32(monkeypatch: pytest.MonkeyPatch):
     """Hold float32 on a GPU to its own tolerance: TF32, which cuDNN takes by default, has a tenth of its digits."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+@pytest.fixture
+def may_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """Let "auto" time its candidates: outside deterministic mode, with an empty folder and an unspent budget."""
+    torch.use_deterministic_algorithms(False)
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)
+    monkeypatch.setattr(dispatch, "has_triton", lambda: True)
+    for name in ("FASTLSTM_AUTOTUNE", "FASTLSTM_AUTOTUNE_MS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("FASTLSTM_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(tuning, "_spent", 0.0)
+    timings.cache_clear()
+    yield
+    timings.cache_clear()
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -54,7 +54,8 @@ def test_a_file_of_schema_1_is_brought_up_to_date(tmp_path):
     assert loaded.keys() == results.Result.__annotations__.keys()
     assert loaded["rows"][0].keys() == results.Row.__annotations__.keys()
     assert loaded["rows"][0]["columns"][OURS].keys() == results.Column.__annotations__.keys()
-    assert readme_table(loaded) == readme_table(make_result())
+    header, same = "tensor bytes at the peak", "memory at the peak"
+    assert readme_table(loaded) == readme_table(make_result()).replace(same, header)
 
 
 def test_finished_rows_are_taken_up(tmp_path):
@@ -148,10 +149,20 @@ def test_command_writes_figures_and_plot(tmp_path):
     assert result["machine"]["cpu"]
 
 
-def test_interrupted_run_goes_on(tmp_path, monkeypatch):
+@pytest.fixture
+def command(monkeypatch):
+    """`python -m benchmarks` without pictures, probes and other processes."""
     needs_extras()
     from benchmarks import __main__ as command
 
+    monkeypatch.setattr(command, "probe", lambda *_: {"fp32": 1.0, "bandwidth GB/s": 1.0})
+    monkeypatch.setattr("benchmarks.memory.way", lambda _: results.TENSORS)
+    monkeypatch.setattr(command, "draw", lambda *_: None)
+    monkeypatch.setattr(command, "write_page", lambda _, path: path)
+    return command
+
+
+def test_interrupted_run_goes_on(tmp_path, monkeypatch, command):
     path, count = tmp_path / "result.json", []
 
     def run_and_count(workload, *args, **kwargs):
@@ -162,7 +173,6 @@ def test_interrupted_run_goes_on(tmp_path, monkeypatch):
 
     monkeypatch.setattr(command, "run_workload", run_and_count)
     monkeypatch.setattr(command, "source", lambda: "5eed")
-    monkeypatch.setattr(command, "probe", lambda *_: {"fp32": 1.0})
     monkeypatch.setattr(sys, "argv", ["-"])
     arguments = ["--suite=stack", "--device=cpu", "--budget=0.01", "--filter=^b/dense/fp32", f"--json={path}"]
     assert command.main(arguments) == 0
@@ -175,12 +185,11 @@ def test_interrupted_run_goes_on(tmp_path, monkeypatch):
     assert [row["name"] for row in results.load(path)["rows"]] == ["b/dense/fp32/forward"]
 
 
-def test_refusal_fails_the_command(tmp_path, monkeypatch, capsys):
-    needs_extras()
-    from benchmarks.__main__ import main
-
+def test_refusal_fails_the_command(tmp_path, monkeypatch, capsys, command):
     monkeypatch.setitem(PEERS, OURS, Peer(Scaled, ""))
-    status = main(["--device=cpu", "--budget=0.01", "--filter=^g/.*forward", f"--json={tmp_path / 'result.json'}"])
+    status = command.main(
+        ["--device=cpu", "--budget=0.01", "--filter=^g/.*forward", f"--json={tmp_path / 'result.json'}"]
+    )
     assert status == 1
     printed = capsys.readouterr().out
     assert "refused g/dense/fp32/forward, fastlstm: wrong result" in " ".join(printed.split())
@@ -261,11 +270,15 @@ def test_gate_sees_refusals_memory_and_missing_samples():
     new: Any = noisy_result(1.0, 0, rows=4)
     new["rows"][0]["columns"][OURS] = make_column(None)
     new["rows"][1]["columns"][OURS]["peak_bytes"] *= 2
+    new["rows"][3]["columns"][OURS]["peak_bytes"] *= 1.09
     new["rows"][2]["columns"][OURS]["samples"] = new["rows"][2]["columns"][STOCK]["samples"] = []
     new["rows"][3]["route"] = "elsewhere"
     verdicts = list(compare(old, new))
     assert [verdict.word for verdict in verdicts] == ["refused", "more memory", "unclear", "even"]
+    assert "2.00x the bytes" in verdicts[1].note
     assert "route" in verdicts[3].note
+    old["settings"] = {**old["settings"], "memory": results.TENSORS}
+    assert [verdict.word for verdict in compare(old, new)] == ["refused", "even", "unclear", "even"]
 
 
 def make_full_result() -> Any:

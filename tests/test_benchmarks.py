@@ -18,13 +18,16 @@ from torch.nn.utils.rnn import PackedSequence
 import fastlstm
 from benchmarks import charlm, timing
 from benchmarks.measure import check, make_step, run_workload
+from benchmarks.memory import Meter, resident_peak, tensor_peak, way
 from benchmarks.peers import EAGER, INPUT_PRODUCT, OURS, PEERS, STOCK, STOCK_LSTM, EagerLSTM, Peer
+from benchmarks.results import RESIDENT, TENSORS
 from benchmarks.suites import MAX_FLOPS, SUITES, quick_workloads
 from benchmarks.tables import tables
-from benchmarks.timing import interleave, peak_bytes, spread
+from benchmarks.timing import interleave, spread
 from benchmarks.workloads import Shape, Workload
 
 CPU = torch.device("cpu")
+NEEDS_PROC = pytest.mark.skipif(way(CPU) != RESIDENT, reason="needs Linux's /proc and glibc")
 THREE = {name: PEERS[name] for name in (STOCK, OURS, EAGER)}
 TINY = Shape("tiny", 5, 4, 3, 6)
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
@@ -225,7 +228,6 @@ def test_row_of_a_workload(training):
     assert list(row["columns"]) == [STOCK, OURS, EAGER]
     for column in row["columns"].values():
         assert column["error"] is not None
-        assert column["peak_bytes"] is not None
         assert column["ms"]
         assert column["ratio"]
         assert column["status"] == "ok"
@@ -235,7 +237,6 @@ def test_row_of_a_workload(training):
         assert column["ms"]["median"] == pytest.approx(sorted(column["samples"])[1], rel=1e-3)
         assert column["calls"] >= 1
         assert column["error"] < 1e-5
-        assert column["peak_bytes"] > 0
         assert 0 < column["ms"]["p20"] <= column["ms"]["median"] <= column["ms"]["p80"]
         assert column["ratio"]["median"] > 0
     assert row["columns"][STOCK]["ratio"] == {"median": 1.0, "p20": 1.0, "p80": 1.0}
@@ -249,7 +250,7 @@ def test_wrong_results_are_not_timed(wrong):
     refused = row["columns"][OURS]
     assert refused["status"] != "ok"
     assert ("out of order" in refused["status"]) == (wrong is Failing)
-    assert refused["ms"] is refused["ratio"] is refused["peak_bytes"] is None
+    assert refused["ms"] is refused["ratio"] is None
     assert row["columns"][EAGER]["ms"] is not None
     json.dumps(row, allow_nan=False)
 
@@ -365,7 +366,37 @@ def test_peak_memory_is_what_is_held_at_once():
         torch.zeros(3 * MiB, dtype=torch.uint8)
         return second
 
-    assert 5 * MiB <= peak_bytes(step, CPU) < 5 * MiB + 4096
+    assert 5 * MiB <= tensor_peak(step) < 5 * MiB + 4096
+
+
+@NEEDS_PROC
+def test_reserved_memory_is_no_memory_until_it_is_touched():
+    MiB = 2**20
+    torch.use_deterministic_algorithms(False)  # which fills what is empty
+
+    def step():
+        touched = torch.ones(48 * MiB, dtype=torch.uint8)
+        return touched, torch.empty(96 * MiB, dtype=torch.uint8)
+
+    assert tensor_peak(step) >= 144 * MiB
+    assert 47 * MiB < resident_peak(step) < 52 * MiB
+
+
+@NEEDS_PROC
+def test_memory_is_measured_in_fresh_processes(monkeypatch):
+    workload = Workload(Shape("s", 64, 32, 64, 64), training=True)
+    with Meter(CPU) as peak:
+        first, again = peak(workload, OURS), peak(workload, OURS)
+        assert first
+        assert again == pytest.approx(first, rel=0.1)
+        assert first > 4 * workload.tokens * (64 + 6 * 64)  # the input's gradient and what is saved
+        assert peak(Workload(TINY), INPUT_PRODUCT) is not None
+        assert peak(workload, "nobody") is None  # that process has died; the run goes on
+        assert peak(workload, OURS) == pytest.approx(first, rel=0.1)
+    monkeypatch.setattr("benchmarks.memory.os.access", lambda *_: False)
+    assert way(CPU) == TENSORS
+    with Meter(CPU) as peak:
+        assert peak(workload, OURS)
 
 
 def test_character_model_learns_alike():
