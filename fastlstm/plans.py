@@ -164,6 +164,9 @@ _STREAMING = {
     (99, 4, 16): ((128, 2, 128), (128, 2, 64)),
 }
 _LARGEST_STREAMING = 2048
+# registers of a thread of NVIDIA's where each program is alone on its processor: left to itself the compiler saves
+# them, even by spilling, so that a second one would find room
+PERSISTENT_REGISTERS = 255
 
 
 def _persistent(problem: Problem, device: Device, backward: bool, BLOCK_B: int) -> Plan | None:
@@ -198,23 +201,22 @@ def _persistent_layout(
     ragged = H * itemsize % 16 > 0  # rows of gates are read in smaller pieces, each with an address in registers
     if target.startswith("gfx"):  # W_hh in registers
         chunks = _chunks(H, 256 if itemsize == 2 else 128)
-        return (chunks, 1, 8, 8 if itemsize == 2 else 4) if backward else (chunks, 1, 1, 4)
+        return (chunks, 1, 1, 8 if itemsize == 2 else 4) if backward else (chunks, 1, 1, 4)
     if target in ("sm_90", "sm_100"):
         # each chunk costs wgmma a fence: backward one is better, up to 1024, though it covers more than H
         if backward and wide and ragged:
-            return _chunks(H, 512 if H > 768 else 1024), 1, 8, 8
+            return _chunks(H, 512 if H > 768 else 1024), 1, 1, 8
         if backward:
-            return _chunks(H, 1024, whole=True), 1, 8, 8
+            return _chunks(H, 1024, whole=True), 1, 1, 8
         whole = _chunks(H, 1024)[0] >= H and not ragged and (H <= 512 or itemsize == 2)
         if target == "sm_90" and wide and whole:
-            return _chunks(H, 1024), 1, 8, 8
-        one = H <= 1024 and (itemsize == 4 or H % 16 == 0)
-        return _chunks(H, 1024 if wide or one else 512), 8, 8 if H <= 1024 else 1, 8
+            return _chunks(H, 1024), 1, 1, 8
+        return _chunks(H, 1024 if wide or H <= 1024 else 512), 8, 1, 8
     if backward:
-        return _chunks(H, 128 if H <= 512 else 256), 1, 8, 8
+        return _chunks(H, 128 if H <= 512 else 256), 1, 1, 8
     if wide and H > 768:
         return _chunks(H, 128), 1, 2, 8
-    return _chunks(H, 1024), 8, 8, 8
+    return _chunks(H, 1024), 8, 1, 8
 
 
 def _chunks(H: int, longest: int, whole: bool = False) -> tuple[int, int]:
