@@ -79,7 +79,7 @@ SHARED_MEMORY |= {target: SHARED_MEMORY[other] for target, other in _LIKE.items(
 # missing spills whatever the warps.
 _FORWARD_WARPS = {2: {16: 2, 32: 4, 64: 8, 128: 16}, 4: {16: 4, 32: 4, 64: 8}}  # by bytes of an element
 _BACKWARD_WARPS = {16: 2, 32: 4, 64: 4, 128: 8}
-# RDNA's waves are of 32 lanes, as NVIDIA's, but its matrix unit spreads a tile over twice as many registers
+# RDNA spills sooner
 _FORWARD_WARPS_RDNA = {2: {16: 4, 32: 8, 64: 16}, 4: {16: 4, 32: 16}}
 _BACKWARD_WARPS_RDNA = {16: 4, 32: 16}
 
