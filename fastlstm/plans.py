@@ -164,8 +164,9 @@ _STREAMING = {
     (99, 4, 16): ((128, 2, 128), (128, 2, 64)),
 }
 _LARGEST_STREAMING = 2048
-# registers of a thread of NVIDIA's where each program is alone on its processor: left to itself the compiler saves
-# them, even by spilling, so that a second one would find room
+# registers of a thread of NVIDIA's in the persistent regime, where each program is alone on its processor: left to
+# itself the compiler saves them, even by spilling, so that a second one would find room. Told so, it spills some
+# streaming plans
 PERSISTENT_REGISTERS = 255
 
 

@@ -257,7 +257,7 @@ def _layout(plan: Plan, backward: bool, device: Device) -> dict[str, int | bool]
     if plan.kernel == "persistent":
         layout["STREAM"] = plan.regime == "streaming"
         layout["HIP"] = device.kind == "hip"
-        if device.kind == "cuda":
+        if device.kind == "cuda" and plan.regime == "persistent":
             layout["maxnreg"] = PERSISTENT_REGISTERS
         layout["launch_cooperative_grid"] = True  # programs that cannot all be on the chip are an error, not a hang
         if backward:
