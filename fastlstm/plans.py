@@ -59,25 +59,29 @@ class Plan:
         return "persistent" if self.regime == "streaming" else self.regime
 
 
+# targets that compile like another, and so have its plans
+_LIKE = {"sm_87": "sm_80", "sm_89": "sm_86", "sm_103": "sm_100", "sm_121": "sm_120", "gfx1201": "gfx1100"}
 # bytes of shared memory (LDS) that one program can have, for every target whose plans were compiled
 SHARED_MEMORY = {
     "sm_80": 163 * 1024,
     "sm_86": 99 * 1024,
-    "sm_87": 163 * 1024,
-    "sm_89": 99 * 1024,
     "sm_90": 227 * 1024,
     "sm_100": 227 * 1024,
-    "sm_103": 227 * 1024,
     "sm_120": 99 * 1024,
-    "sm_121": 99 * 1024,
     "gfx942": 64 * 1024,
     "gfx950": 160 * 1024,
+    "gfx1100": 64 * 1024,
 }
+SHARED_MEMORY |= {target: SHARED_MEMORY[other] for target, other in _LIKE.items()}
 
 # num_warps of the resident kernels by BLOCK_H, found by compiling: with fewer, a thread's registers spill; with more,
-# the gates of a unit part company and meet through shared memory. float32 with 16 units spills in 2 warps.
+# the gates of a unit part company and meet through shared memory. float32 with 16 units spills in 2 warps. What is
+# missing spills whatever the warps.
 _FORWARD_WARPS = {2: {16: 2, 32: 4, 64: 8, 128: 16}, 4: {16: 4, 32: 4, 64: 8}}  # by bytes of an element
 _BACKWARD_WARPS = {16: 2, 32: 4, 64: 4, 128: 8}
+# RDNA spills sooner
+_FORWARD_WARPS_RDNA = {2: {16: 4, 32: 8, 64: 16}, 4: {16: 4, 32: 16}}
+_BACKWARD_WARPS_RDNA = {16: 4, 32: 16}
 
 
 def choose(problem: Problem, device: Device, backward: bool = False, layout: str = "") -> Plan:
@@ -107,17 +111,23 @@ def candidates(problem: Problem, device: Device, backward: bool = False) -> list
         >>> [plan.regime for plan in candidates(Problem(T=100, B=64, I=64, H=2048, dtype=torch.bfloat16), H100)]
         ['streaming', 'streaming', 'stepwise']
     """
+    device = replace(device, target=_LIKE.get(device.target, device.target))
     vendor = "hip" if device.kind == "hip" else "cuda"
+    rdna = vendor == "hip" and not device.target.startswith("gfx9")
     itemsize = problem.dtype.itemsize
     BLOCK_H = max(16, 1 << (problem.H - 1).bit_length())
-    warps = _BACKWARD_WARPS if backward else _FORWARD_WARPS[min(itemsize, 4)]
+    if backward:
+        warps = _BACKWARD_WARPS_RDNA if rdna else _BACKWARD_WARPS
+    else:
+        warps = (_FORWARD_WARPS_RDNA if rdna else _FORWARD_WARPS)[min(itemsize, 4)]
     # W_hh lies in shared memory beside, on NVIDIA, the tiles that change layout: a quarter more at most
     shared = 4 * BLOCK_H * BLOCK_H * itemsize * (4 if vendor == "hip" else 5) // 4
     if BLOCK_H in warps and shared <= SHARED_MEMORY.get(device.target, 64 * 1024):
         # the matrix units' narrowest tile: the fewer rows a program has, the sooner a step is done
         return [Plan("resident", BLOCK_H, 16 if vendor == "hip" else 8, BLOCK_H, warps[BLOCK_H])]
     BLOCK_B = 16 if problem.B <= 16 else 64 if vendor == "cuda" else 32
-    stepwise = Plan("stepwise", 16, BLOCK_B, 128 // itemsize, 4, 3 if vendor == "cuda" else 2)
+    num_warps = 8 if rdna and itemsize == 4 else 4  # float32 without a matrix unit spills in fewer
+    stepwise = Plan("stepwise", 16, BLOCK_B, 128 // itemsize, num_warps, 3 if vendor == "cuda" else 2)
     found = []
     for BLOCK_B, cost in ((16, 1.0), (32, 1.25)):  # about what a step costs
         plan = _persistent(problem, device, backward, BLOCK_B)
@@ -135,7 +145,6 @@ def candidates(problem: Problem, device: Device, backward: bool = False) -> list
 _LARGEST_PERSISTENT = {
     "sm_80": {2: (1024, 1024), 4: (864, 0)},
     "sm_86": {2: (512, 0), 4: (512, 0)},
-    "sm_89": {2: (512, 0), 4: (512, 0)},
     "sm_90": {2: (1536, 1024), 4: (1024, 1024)},
     "sm_100": {2: (1024, 1024), 4: (1024, 0)},
     "sm_120": {2: (512, 0), 4: (512, 0)},
@@ -155,6 +164,10 @@ _STREAMING = {
     (99, 4, 16): ((128, 2, 128), (128, 2, 64)),
 }
 _LARGEST_STREAMING = 2048
+# registers of a thread of NVIDIA's in the persistent regime, where each program is alone on its processor: left to
+# itself the compiler saves them, even by spilling, so that a second one would find room. Told so, it spills some
+# streaming plans
+PERSISTENT_REGISTERS = 255
 
 
 def _persistent(problem: Problem, device: Device, backward: bool, BLOCK_B: int) -> Plan | None:
@@ -176,38 +189,46 @@ def _persistent(problem: Problem, device: Device, backward: bool, BLOCK_B: int) 
         BLOCK_K, KEPT, TAIL_K = _STREAMING[shared, itemsize, BLOCK_B][backward]
         KEPT = min(KEPT, (H - 1) // BLOCK_K)
         return Plan("streaming", BLOCK_H, BLOCK_B, BLOCK_K, 8, 1, TAIL_K, KEPT, 1, 1 if backward else 8, groups)
-    longest, SPLIT, ahead, num_warps = _persistent_layout(H, BLOCK_B > 16, itemsize, target, backward)
-    BLOCK_K, TAIL_K = _chunks(H, longest)
+    (BLOCK_K, TAIL_K), SPLIT, ahead, num_warps = _persistent_layout(H, BLOCK_B > 16, itemsize, target, backward)
     KEPT = -(-(H - TAIL_K) // BLOCK_K)
     AHEAD = min(ahead, KEPT + 1)
     return Plan("persistent", BLOCK_H, BLOCK_B, BLOCK_K, num_warps, 1, TAIL_K, KEPT, AHEAD, SPLIT, groups)
 
 
-def _persistent_layout(H: int, wide: bool, itemsize: int, target: str, backward: bool) -> tuple[int, int, int, int]:
-    """Return (longest chunk, SPLIT, AHEAD, warps) as found by compiling."""
+def _persistent_layout(
+    H: int, wide: bool, itemsize: int, target: str, backward: bool
+) -> tuple[tuple[int, int], int, int, int]:
+    """Return (`_chunks`, SPLIT, AHEAD, warps) as found by compiling."""
     ragged = H * itemsize % 16 > 0  # rows of gates are read in smaller pieces, each with an address in registers
     if target.startswith("gfx"):  # W_hh in registers
-        longest = 256 if itemsize == 2 else 128
-        return (longest, 1, 8, 8 if itemsize == 2 else 4) if backward else (longest, 1, 1, 4)
+        chunks = _chunks(H, 256 if itemsize == 2 else 128)
+        return (chunks, 1, 1, 8 if itemsize == 2 else 4) if backward else (chunks, 1, 1, 4)
     if target in ("sm_90", "sm_100"):
+        # each chunk costs wgmma a fence: backward one is better, up to 1024, though it covers more than H
+        if backward and wide and ragged:
+            return _chunks(H, 512 if H > 768 else 1024), 1, 1, 8
         if backward:
-            return 512 if wide and ragged and H > 768 else 1024, 1, 8, 8
-        # of several chunks each would cost wgmma a fence
+            return _chunks(H, 1024, whole=True), 1, 1, 8
         whole = _chunks(H, 1024)[0] >= H and not ragged and (H <= 512 or itemsize == 2)
         if target == "sm_90" and wide and whole:
-            return 1024, 1, 8, 8
-        return 1024 if wide else 512, 8, 8 if H <= 1024 else 1, 8
+            return _chunks(H, 1024), 1, 1, 8
+        return _chunks(H, 1024 if wide or H <= 1024 else 512), 8, 1, 8
     if backward:
-        return 128 if H <= 512 else 256, 1, 8, 8
+        return _chunks(H, 128 if H <= 512 else 256), 1, 1, 8
     if wide and H > 768:
-        return 128, 1, 2, 8
-    return 1024, 8, 8, 8
+        return _chunks(H, 128), 1, 2, 8
+    return _chunks(H, 1024), 8, 1, 8
 
 
-def _chunks(H: int, longest: int) -> tuple[int, int]:
-    """Cover H by powers of two, so that no size pays for the next one: (all chunks but the last, the last)."""
+def _chunks(H: int, longest: int, whole: bool = False) -> tuple[int, int]:
+    """Cover H by powers of two: (all chunks but the last, the last).
+
+    No size pays for the next power of two, unless it is to stay `whole` up to `longest`.
+    """
     shortest = 128  # 16 along K for each of 8 warps; and wgmma takes 64 rows, which backward are units
     full = max(shortest, 1 << (H - 1).bit_length())
+    if full <= longest and whole:
+        return full, full
     if full > longest:
         full = 2 * longest
     BLOCK_K = full // 2

@@ -81,7 +81,7 @@ def backward_persistent(
     CHUNKS: tl.constexpr = KEPT if STREAM else KEPT + 1
     OWNERS: tl.constexpr = WIDTH // BLOCK_H
     PART: tl.constexpr = BLOCK_B * BLOCK_H
-    PARTS: tl.constexpr = min(64, triton.next_power_of_2(PROGRAMS))  # loaded at once
+    PARTS: tl.constexpr = 16  # in one tile
     dtype = gates_ptr.dtype.element_ty
 
     b = tl.arange(0, BLOCK_B)
@@ -176,12 +176,15 @@ def backward_persistent(
 
         wait(counter, (s + 1) * PROGRAMS)
         # L1 would only be polluted: a part is read once; that it is fresh is the barrier's work
-        dh_new = tl.zeros((BLOCK_B, BLOCK_H), tl.float32)
+        # all on their way before the first is added; a sum of whole tiles, so that each thread adds up its own elements
+        parts = ()
         for p0 in tl.static_range(0, PROGRAMS, PARTS):
-            part_mask = p0 + p < PROGRAMS
-            parts = tl.load(own_ptrs + slot(s) * slot_size + p0 * PART, mask=part_mask, other=0.0, cache_modifier=".cg")
-            dh_new += tl.sum(parts.to(tl.float32), 0)
-        dh_new = tl.trans(dh_new)
+            ptrs = own_ptrs + slot(s) * slot_size + p0 * PART
+            parts = parts + (tl.load(ptrs, mask=p0 + p < PROGRAMS, other=0.0, cache_modifier=".cg"),)
+        total = parts[0].to(tl.float32)
+        for n in tl.static_range(1, len(parts)):
+            total += parts[n].to(tl.float32)
+        dh_new = tl.trans(tl.sum(total, 0))
         if VARLEN:
             active = (t < lengths)[None, :]
             dh = tl.where(active, dh_new, dh)  # dy is 0 where a row is not active

@@ -49,9 +49,9 @@ def gate_rows(H: tl.constexpr, BLOCK_H: tl.constexpr, RUN: tl.constexpr = 8):
     r = tl.arange(0, 4 * BLOCK_H)
     gate = r // (2 * BLOCK_H) * 2 + r // RUN % 2
     unit = r % (2 * BLOCK_H) // (2 * RUN) * RUN + r % RUN
-    if H % RUN == 0:
-        # lets loads and stores along a run be vectors
-        unit = tl.max_contiguous(tl.multiple_of(unit, RUN), RUN)
+    # lets loads and stores along a run be vectors, as long as rows of H elements are aligned to
+    VECTOR: tl.constexpr = min(RUN, H & -H)
+    unit = tl.max_contiguous(tl.multiple_of(unit, VECTOR), VECTOR)
     return gate, unit
 
 

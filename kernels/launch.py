@@ -17,7 +17,7 @@ import triton
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..plans import Plan, choose
+from ..plans import PERSISTENT_REGISTERS, Plan, choose
 from ..problem import Device, Problem, allows_tf32, device_of, limit_processors
 from ..reference import first_rows, previous, spans
 from .backward_persistent import backward_persistent
@@ -257,6 +257,8 @@ def _layout(plan: Plan, backward: bool, device: Device) -> dict[str, int | bool]
     if plan.kernel == "persistent":
         layout["STREAM"] = plan.regime == "streaming"
         layout["HIP"] = device.kind == "hip"
+        if device.kind == "cuda" and plan.regime == "persistent":
+            layout["maxnreg"] = PERSISTENT_REGISTERS
         layout["launch_cooperative_grid"] = True  # programs that cannot all be on the chip are an error, not a hang
         if backward:
             layout["THREADS"] = plan.num_warps * (64 if layout["HIP"] else 32)

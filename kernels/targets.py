@@ -28,7 +28,7 @@ from triton.compiler import ASTSource
 
 from .. import plans
 from ..dispatch import interpreting
-from ..plans import SHARED_MEMORY, Plan
+from ..plans import PERSISTENT_REGISTERS, SHARED_MEMORY, Plan
 from .backward_persistent import backward_persistent
 from .backward_resident import backward_resident
 from .backward_stepwise import backward_stepwise
@@ -143,6 +143,8 @@ def compile_configuration(configuration: Configuration):
     pointers = {(n,): aligned for n, name in enumerate(signature) if signature[name].startswith("*")}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=pointers)
     options = {"num_warps": plan.num_warps, "num_stages": plan.num_stages}
+    if plan.regime == "persistent" and not values["HIP"]:
+        options["maxnreg"] = PERSISTENT_REGISTERS
     return triton.compile(source, target=gpu_target(configuration.target), options=options)
 
 

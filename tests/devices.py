@@ -14,4 +14,5 @@ GPUS = {
     "B200": Device("cuda", "sm_100", "NVIDIA B200", 148),
     "RTX 5090": Device("cuda", "sm_120", "NVIDIA GeForce RTX 5090", 170),
     "MI300X": Device("hip", "gfx942", "AMD Instinct MI300X", 304),
+    "RX 7900 XTX": Device("hip", "gfx1100", "AMD Radeon RX 7900 XTX", 48),
 }

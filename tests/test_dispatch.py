@@ -42,7 +42,7 @@ def test_an_unknown_gpu_gets_a_frugal_plan_but_stock_by_default():
 @pytest.mark.parametrize("gpu", GPUS)
 @pytest.mark.parametrize("training", [False, True])
 def test_auto_on_a_gpu(gpu, training):
-    small = decide(problem(H=64, dtype=torch.bfloat16, training=training), GPUS[gpu])
+    small = decide(problem(H=32, dtype=torch.bfloat16, training=training), GPUS[gpu])
     assert (small.backend, small.regime) == ("triton", "resident")
     large = decide(problem(H=1024, dtype=torch.bfloat16, training=training), GPUS[gpu])
     assert (large.backend, large.regime) == ("torch", "stock")
@@ -84,7 +84,7 @@ def test_candidates(gpu):
     for H, least in ((1, 2), (64, 2), (512, 3), (4096, 2)):
         found = candidates(problem(H=H, dtype=torch.bfloat16), GPUS[gpu])
         assert found[0] == "torch"
-        assert len(set(found)) == len(found) >= least - (gpu in ("L4", "RTX 4090"))
+        assert len(set(found)) == len(found) >= least - (gpu in ("L4", "RTX 4090", "RX 7900 XTX"))
         assert all(decide(problem(H=H), GPUS[gpu], backend).implementation == backend for backend in found)
     assert has_choice(problem(), GPUS[gpu])
     assert not has_choice(problem(dtype=torch.float64), GPUS[gpu])

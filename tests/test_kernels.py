@@ -192,6 +192,14 @@ def test_precision_follows_torch(setting, monkeypatch):
     assert launch.precision(torch.float32, Device("hip", "gfx942")) == "ieee"
 
 
+def test_programs_alone_on_a_processor_take_all_its_registers():
+    """As compiled for the budgets; AMD's compiler knows no such option, and others would only lose by it."""
+    MI300X = Device("hip", "gfx942", processors=304)
+    for device, H, expected in ((H100, 512, 255), (H100, 64, None), (H100, 2048, None), (MI300X, 512, None)):
+        plan = choose(Problem(1, 16, H, H, dtype=torch.float16), device)
+        assert launch._layout(plan, False, device).get("maxnreg") == expected
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available() or interpreting(), reason="needs a GPU")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -63,6 +63,11 @@ def test_sixteen_bits(dtype):
     check(Run(33, LENGTHS, dtype, D=2, packed=True))
 
 
+def test_more_parts_than_a_tile_holds():
+    """With 17 programs, dh is added up from two tiles of parts."""
+    check(Run(136, LENGTHS[:2], torch.float32, D=1, packed=True), BLOCK_K=64, TAIL_K=64)
+
+
 def test_projection():
     check(Run(24, LENGTHS[:3], torch.float32, D=2, P=5, packed=True))
 

@@ -47,14 +47,31 @@ def test_budgets(target, dtypes, tmp_path):
     }
     for row in rows:
         name = row["name"]
-        assert row["spills"] == 0, name
-        assert row["shared"] <= row["limit"], name
-        assert row["registers"] > 0, name
-        assert row["matrix"] > 0 or row["dtype"] == "float32", name
+        check_budget(row)
         if row["regime"] == "resident":
             # one step of the recurrence: a loop that was not found, or was unrolled, would show here
             assert 100 < row["loop"] < 2500, name
         check_files(row, tmp_path)
+
+
+def test_budgets_of_a_heavy_plan_elsewhere():
+    targets = ("sm_86", "sm_87", "sm_103", "sm_120", "sm_121", "gfx950", "gfx1100")
+    # the second is for RDNA, which has no persistent plans
+    heavy = "backward_persistent-float16-H512-h16-b16|backward_resident-float16-H32-h32-b16"
+    command = ("-m", "fastlstm.kernels.targets", "--heaviest", "--json", f"--filter={heavy}", "--dtype=float16")
+    rows = json.loads(run(*command, *(f"--target={target}" for target in targets)))
+    assert {row["target"] for row in rows} == set(targets)
+    for row in rows:
+        check_budget(row)
+
+
+def check_budget(row: dict):
+    """No spills, a program fits the processor, and 16 bit goes through the matrix unit."""
+    name = f"{row['target']} {row['name']}"
+    assert row["spills"] == 0, name
+    assert row["shared"] <= row["limit"], name
+    assert row["registers"] > 0, name
+    assert row["matrix"] > 0 or row["dtype"] == "float32", name
 
 
 def check_files(row: dict, folder):
