@@ -34,8 +34,12 @@ def lstm_layer(
     batch_sizes: Tensor | None,
     backend: str,
     recompute: bool = False,
+    stack: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run the D directions of one layer over rows (`reference.py` says how rows are laid out).
+
+    With `stack`, read "layers" for "directions": each is one direction of a layer, fed by the one before, all of them
+    run at once, and the output is that of the last, [N, H].
 
     Args:
         x: [N, I].
@@ -46,19 +50,21 @@ def lstm_layer(
         backend: "reference", "triton" (and, after a space, the name of a layout), or "auto" for the better of the two
             where and when the layer runs.
         recompute: whether backward makes the activated gates again instead of finding them saved.
+        stack: whether the weights are those of layers; there is then neither a projection nor `recompute`.
 
     Returns:
         output [N, D*P], h_n [D, B, P], c_n [D, B, H].
     """
     flat = [weight for direction in weights for weight in direction]
     if transformed():
-        return _differentiable(x, h0, c0, flat, batch_sizes)
+        output, h_n, c_n = _differentiable(x, h0, c0, flat, batch_sizes, stack)
+        return output[:, -h0.shape[2] :] if stack else output, h_n, c_n
     present = [weight for weight in flat if weight is not None]
     # an exported program is for inference first: trained after all, backward makes again what was not saved
     save = torch.is_grad_enabled() and not torch.compiler.is_exporting()
     save = save and any(t.requires_grad for t in (x, h0, c0, *present))
-    output, h_n, c_n, _, _ = lstm_forward(x, h0, c0, present, batch_sizes, save, recompute, backend)
-    return output, h_n, c_n
+    output, h_n, c_n, _, _ = lstm_forward(x, h0, c0, present, batch_sizes, save, recompute, backend, stack)
+    return output[:, -h0.shape[2] :].contiguous() if stack else output, h_n, c_n
 
 
 def transformed() -> bool:
@@ -77,22 +83,30 @@ def differentiable_backward(
     inputs: tuple[Any, ...],
     needs: tuple[bool, ...],
     batch_sizes: Tensor | None,
+    stack: bool = False,
 ) -> list[Tensor | None]:
     """Differentiate the differentiable form, so that the gradients can be differentiated again."""
     # aliases: a path from one input to another outside this layer must not be counted
     aliases: list[Any] = [None if t is None else t.view_as(t) for t in inputs]
     x, h0, c0, *flat = aliases
     with autocast.off(x.device):
-        outputs = _differentiable(x, h0, c0, flat, batch_sizes)
+        outputs = _differentiable(x, h0, c0, flat, batch_sizes, stack)
     wanted = [alias for alias, needed in zip(aliases, needs, strict=True) if needed and alias is not None]
     gradients = iter(torch.autograd.grad(outputs, wanted, cotangents, create_graph=True, allow_unused=True))
     return [next(gradients) if needed else None for needed in needs]
 
 
 def _differentiable(
-    x: Tensor, h0: Tensor, c0: Tensor, flat: Sequence[Tensor | None], batch_sizes: Tensor | None
+    x: Tensor, h0: Tensor, c0: Tensor, flat: Sequence[Tensor | None], batch_sizes: Tensor | None, stack: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run the layer in plain torch ops, with nothing in place."""
+    if stack:
+        layers = []
+        for n in range(len(h0)):
+            layers.append(_differentiable(x, h0[n : n + 1], c0[n : n + 1], flat[5 * n : 5 * n + 5], batch_sizes))
+            x = layers[-1][0]
+        outputs, *states = zip(*layers, strict=True)
+        return torch.hstack(outputs), torch.cat(states[0]), torch.cat(states[1])
     w_ih, bias, w_hh, w_hr = by_kind(flat)
     return reference.lstm_differentiable(F.linear(x, w_ih, bias), h0, c0, w_hh, w_hr, batch_sizes)
 
@@ -131,6 +145,16 @@ def by_kind(flat: Sequence[Any]) -> tuple[Tensor, Tensor | None, Tensor, Tensor 
     return _cat(w_ih), bias, _stack(w_hh), None if w_hr[0] is None else _stack(w_hr)
 
 
+def _by_kind_stacked(flat: Sequence[Any]) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor]:
+    """Return the weights of a stack together: the first layer's w_ih and bias, w_hh [L, 4H, H], the others' w_ih, bias."""
+    w_ih, bias, w_hh, _ = by_kind(flat[:5])
+    w_ih_above, bias_above, w_hh_above, _ = by_kind(flat[5:])
+    L, H = len(w_hh_above), w_hh.shape[2]
+    if bias_above is None:
+        bias_above = w_ih_above.new_zeros(L, 4 * H)
+    return w_ih, bias, torch.cat((w_hh, w_hh_above)), w_ih_above.view(L, 4 * H, H), bias_above.view(L, 4 * H)
+
+
 def _cat(tensors: Sequence[Any]) -> Tensor:
     return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
 
@@ -152,6 +176,16 @@ def _recurrence(name: str, backend: str, c0: Tensor) -> Callable[..., Any]:
     from fastlstm.kernels import launch  # imports triton, which a CPU-only install need not have
 
     return functools.partial(getattr(launch, name), plan=layout or None)
+
+
+def _stacked(name: str, backend: str) -> Callable[..., Any] | None:
+    """Return the function "stack_forward" or "stack_backward" that runs a stack in one launch, if there is one."""
+    backend, _, layout = backend.partition(" ")
+    if backend != "triton":
+        return None
+    from fastlstm.kernels import launch
+
+    return functools.partial(getattr(launch, name), plan=layout)
 
 
 @torch.library.custom_op("fastlstm::first_step", mutates_args=())
@@ -186,23 +220,45 @@ def lstm_forward(
     save: bool,
     recompute: bool,
     backend: str,
+    stack: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Run one layer: the input GEMM x [N, I] -> [N, D*4H], then `reference.lstm_forward` says what.
 
     weights are those of each direction in torch's flat order, none of them missing or None. Of what is saved, the
-    gates are left out (of size 0) if `recompute`.
+    gates are left out (of size 0) if `recompute`. With `stack`, "layers" goes for "directions".
     """
     if batch_sizes is not None:
         checks.check_rows(batch_sizes, len(x), h0.shape[1])
-    w_ih, bias, w_hh, w_hr = by_kind(spread(weights, len(h0)))
+    flat = spread(weights, len(h0))
+    if stack:
+        return _forward_stack(x, h0, c0, flat, batch_sizes, save, backend)
+    w_ih, bias, w_hh, w_hr = by_kind(flat)
     gates_x = F.linear(x, w_ih, bias)
     run = _recurrence("lstm_forward", backend, c0)
     *results, gates, cells = run(gates_x, h0, c0, w_hh, w_hr, batch_sizes, save)
     return *results, gates.new_empty(0) if recompute else gates, cells
 
 
+def _forward_stack(
+    x: Tensor, h0: Tensor, c0: Tensor, flat: list[Any], batch_sizes: Tensor | None, save: bool, backend: str
+) -> tuple[Tensor, ...]:
+    """Run `lstm_forward` for a stack: all layers in one launch or, where the chip does not hold them, one by one."""
+    w_ih, bias, w_hh, w_ih_above, bias_above = _by_kind_stacked(flat)
+    if run := _stacked("stack_forward", backend):
+        arguments = (F.linear(x, w_ih, bias), bias_above, h0, c0, w_ih_above, w_hh, batch_sizes, save)
+        if (results := run(*arguments)) is not None:
+            return results
+    layers = []
+    for n in range(len(h0)):
+        weights = [weight for weight in flat[5 * n : 5 * n + 5] if weight is not None]
+        layers.append(lstm_forward(x, h0[n : n + 1], c0[n : n + 1], weights, batch_sizes, save, False, backend, False))
+        x = layers[-1][0]
+    output, h_n, c_n, gates, cells = zip(*layers, strict=True)
+    return torch.hstack(output), torch.cat(h_n), torch.cat(c_n), torch.hstack(gates), torch.hstack(cells)
+
+
 @lstm_forward.register_fake
-def _(x, h0, c0, weights, batch_sizes, save, recompute, backend):
+def _(x, h0, c0, weights, batch_sizes, save, recompute, backend, stack):
     N = x.shape[0]
     D, B, P = h0.shape
     H = c0.shape[2]
@@ -223,12 +279,12 @@ def _save_for_backward(ctx: Any, inputs: tuple, output: tuple) -> None:
     input's dtype and H cells in float32: 20H bytes in float32, 12H in float16 and bfloat16 (40H in float64, whose
     cells are float64). With `recompute` the gates are not kept: 4H bytes (8H in float64).
     """
-    x, h0, c0, weights, batch_sizes, save, recompute, backend = inputs
+    x, h0, c0, weights, batch_sizes, save, recompute, backend, stack = inputs
     rows, _, _, gates, cells = output
     ctx.mark_non_differentiable(gates, cells)
     ctx.set_materialize_grads(False)  # no zeros in the size of the gates
     ctx.save_for_backward(x, h0, c0, batch_sizes, rows, gates, cells, *weights)
-    ctx.save, ctx.recompute, ctx.backend = save, recompute, backend
+    ctx.save, ctx.recompute, ctx.backend, ctx.stack = save, recompute, backend, stack
 
 
 def _backward(ctx: Any, *cotangents: Tensor | None) -> tuple:
@@ -243,17 +299,18 @@ def _backward(ctx: Any, *cotangents: Tensor | None) -> tuple:
     needs = (needs_x, needs_h0, needs_c0, *(bool(need) for need in spread(needs_weights, len(h0))))
     arguments = ((d_output, dh_n, dc_n), (x, h0, c0, *flat), needs)
     if torch.is_grad_enabled():
-        gradients = differentiable_backward(*arguments, batch_sizes)
+        gradients = differentiable_backward(*arguments, batch_sizes, ctx.stack)
     else:
         if not ctx.save:
-            output, _, _, gates, cells = lstm_forward(x, h0, c0, weights, batch_sizes, True, False, ctx.backend)
+            again = (batch_sizes, True, False, ctx.backend, ctx.stack)
+            output, _, _, gates, cells = lstm_forward(x, h0, c0, weights, *again)
         elif ctx.recompute:
             gates = lstm_gates(x, h0, output, weights, batch_sizes)
         with autocast.off(x.device):
-            gradients = _gradients(*arguments, (output, gates, cells), batch_sizes, ctx.backend)
+            gradients = _gradients(*arguments, (output, gates, cells), batch_sizes, ctx.backend, ctx.stack)
     dx, dh0, dc0, *dflat = gradients
     dweights = [gradient for gradient, weight in zip(dflat, flat, strict=True) if weight is not None]
-    return dx, dh0, dc0, dweights, None, None, None, None
+    return dx, dh0, dc0, dweights, None, None, None, None, None
 
 
 lstm_forward.register_autograd(_backward, setup_context=_save_for_backward)
@@ -293,6 +350,7 @@ def _gradients(
     saved: tuple[Tensor, Tensor, Tensor],
     batch_sizes: Tensor | None,
     backend: str,
+    stack: bool,
 ) -> list[Tensor | None]:
     """Run the recurrence's adjoint, then one GEMM over all rows for each gradient that is needed."""
     x, h0, c0, *flat = inputs
@@ -300,20 +358,25 @@ def _gradients(
     needs_x, needs_h0, needs_c0, *needs_flat = needs
     D, B, _ = h0.shape
     H = c0.shape[2]
-    w_ih, _, w_hh, w_hr = by_kind(flat)
-    dgates, dc0, dh = lstm_backward(*cotangents, gates, cells, c0, w_hh, w_hr, batch_sizes, backend)
+    w_ih_above = w_hr = None
+    if stack:
+        w_ih, _, w_hh, w_ih_above, _ = _by_kind_stacked(flat)
+    else:
+        w_ih, _, w_hh, w_hr = by_kind(flat)
+    dgates, dc0, dh = lstm_backward(*cotangents, gates, cells, c0, w_hh, w_hr, batch_sizes, backend, w_ih_above)
 
-    dx = _times_weight(dgates, w_ih) if needs_x else None
+    dx = _times_weight(dgates[:, : len(w_ih)], w_ih) if needs_x else None
     dh0: list[Tensor] = []
     dflat: list[Tensor | None] = []
     for d, (dgates_d, output_d) in enumerate(zip(dgates.chunk(D, 1), output.chunk(D, 1), strict=True)):
         needs_w_ih, needs_w_hh, needs_b_ih, needs_b_hh, needs_w_hr = needs_flat[5 * d : 5 * d + 5]
-        reverse = d == 1
+        reverse = d == 1 and not stack
+        input = output[:, (d - 1) * H : d * H] if stack and d else x
         dw_ih = dw_hh = db = dw_hr = None
         if needs_h0:
             dh0.append(reference.first_rows(dgates_d, B, batch_sizes, reverse) @ w_hh[d])
         if needs_w_ih:
-            dw_ih = _sum_of_outer(dgates_d, x)
+            dw_ih = _sum_of_outer(dgates_d, input)
         if needs_w_hh:
             dw_hh = _sum_of_outer(dgates_d, reference.previous(output_d, h0[d], batch_sizes, reverse))
         if needs_b_ih or needs_b_hh:
@@ -338,10 +401,46 @@ def lstm_backward(
     w_hr: Tensor | None,
     batch_sizes: Tensor | None,
     backend: str,
+    w_ih_above: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Run the adjoint of the recurrence: `reference.lstm_backward` says what it takes and returns."""
+    """Run the adjoint of the recurrence: `reference.lstm_backward` says what it takes and returns.
+
+    Of a stack, whose layers stand for directions, w_ih_above [L - 1, 4H, H] is W_ih of all but the first.
+    """
+    if w_ih_above is not None:
+        dgates, dc0 = _backward_stack(d_output, dh_n, dc_n, gates, cells, c0, w_ih_above, w_hh, batch_sizes, backend)
+        return dgates, dc0, d_output.new_empty(0)
     run = _recurrence("lstm_backward", backend, c0)
     return run(d_output, dh_n, dc_n, gates, cells, c0, w_hh, w_hr, batch_sizes)
+
+
+def _backward_stack(
+    d_output: Tensor,
+    dh_n: Tensor,
+    dc_n: Tensor,
+    gates: Tensor,
+    cells: Tensor,
+    c0: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    batch_sizes: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """Run `lstm_backward` for a stack: all layers in one launch or, where the chip does not hold them, one by one."""
+    L, _, H = c0.shape
+    if run := _stacked("stack_backward", backend):
+        results = run(d_output, dh_n, dc_n, gates, cells, c0, w_ih, w_hh, batch_sizes)
+        if results is not None:
+            return results
+    layers = []
+    dy = d_output[:, -H:]
+    for n in reversed(range(L)):
+        states = (state[n : n + 1] for state in (dh_n, dc_n))
+        saved = (gates.chunk(L, 1)[n], cells.chunk(L, 1)[n], c0[n : n + 1], w_hh[n : n + 1])
+        layers.append(lstm_backward(dy, *states, *saved, None, batch_sizes, backend, None))
+        dy = layers[-1][0] @ w_ih[n - 1]
+    dgates, dc0, _ = zip(*reversed(layers), strict=True)
+    return torch.hstack(dgates), torch.cat(dc0)
 
 
 @lstm_gates.register_fake
@@ -350,6 +449,6 @@ def _(x, h0, output, weights, batch_sizes):
 
 
 @lstm_backward.register_fake
-def _(d_output, dh_n, dc_n, gates, cells, c0, w_hh, w_hr, batch_sizes, backend):
+def _(d_output, dh_n, dc_n, gates, cells, c0, w_hh, w_hr, batch_sizes, backend, w_ih_above):
     dh = d_output.new_empty(0 if w_hr is None else d_output.shape)
     return gates.new_empty(gates.shape), c0.new_empty(c0.shape), dh

@@ -124,7 +124,8 @@ def forward(
     elif decision.backend == "torch":
         output, h_n, c_n = _run_stock(network, weights, data, batch_sizes, states, decision.problem.training)
     else:
-        output, h_n, c_n = _run_layers(network, weights, data, batch_sizes, states, decision.implementation)
+        stack = decision.regime == "wavefront"
+        output, h_n, c_n = _run_layers(network, weights, data, batch_sizes, states, decision.implementation, stack)
 
     if isinstance(input, PackedSequence):
         _, batch_sizes, sorted_indices, unsorted_indices = input
@@ -252,7 +253,9 @@ def _decide(
     override = os.environ.get("FASTLSTM_BACKEND") if backend == "auto" else None
     dtype = autocast.dtype_for(data)
     tf32 = data.is_cuda and allows_tf32()
-    problem = (*sizes, D, dtype or data.dtype, training, runs, tf32)
+    dropout = network.dropout and network.training
+    stack = network.num_layers > 1 and D == 1 and not (network.proj_size or dropout or (network.recompute and training))
+    problem = (*sizes, D, dtype or data.dtype, training, runs, tf32, stack)
     device = device_of(data.device)
     times: dispatch.Times = ()
     if backend == "auto" and override in (None, "", "auto") and device.kind != "cpu":
@@ -370,13 +373,14 @@ def _run_layers(
     batch_sizes: Tensor | None,
     states: States,
     backend: str,
+    stack: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Run layer after layer over rows, with dropout between them."""
+    """Run layer after layer over rows, with dropout between them, or all at once as a `stack`."""
     if (dtype := autocast.dtype_for(data)) is not None:
         lowered = [autocast.cast(weight, dtype) for weight in weights], data.to(dtype)
         low_states = states[0].to(dtype), states[1].to(dtype)
         with autocast.off(data.device):
-            output, h_n, c_n = _run_layers(network, *lowered, batch_sizes, low_states, backend)
+            output, h_n, c_n = _run_layers(network, *lowered, batch_sizes, low_states, backend, stack)
         projected = network.proj_size > 0
         dtype, cell = autocast.result_dtypes(data, states[1], batch_sizes is not None, projected, dtype)
         return output.to(dtype), h_n.to(dtype), c_n.to(cell)
@@ -391,17 +395,18 @@ def _run_layers(
     rows = time_first.flatten(0, 1) if dense else data
 
     last_states = []
-    for first in range(0, L * D, D):
-        layer = slice(first, first + D)
+    together = L if stack else D
+    for first in range(0, L * D, together):
+        layer = slice(first, first + together)
         arguments = (rows, h0[layer], c0[layer], directions[layer])
         if backend == "onednn":
             rows, *last = cpu.lstm_layer(*arguments, batch_sizes)
         else:
-            rows, *last = autograd.lstm_layer(*arguments, batch_sizes, backend, network.recompute)
+            rows, *last = autograd.lstm_layer(*arguments, batch_sizes, backend, network.recompute and not stack, stack)
         last_states.append(last)
-        if network.dropout and network.training and first + D < L * D:
+        if network.dropout and network.training and first + together < L * D:
             rows = F.dropout(rows, network.dropout)
-    h_n, c_n = (torch.cat(layers) if L > 1 else layers[0] for layers in zip(*last_states, strict=True))
+    h_n, c_n = (torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*last_states, strict=True))
     if not dense:
         return rows, h_n, c_n
     output = rows.unflatten(0, time_first.shape[:2])

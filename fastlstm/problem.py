@@ -26,6 +26,8 @@ class Problem:
         training: whether a backward pass will follow (some input requires grad and grad mode is on).
         runs: 0 for a dense batch; for a packed one the number of runs of steps with equal batch size.
         tf32: whether float32 dots on a GPU may round their operands to TF32.
+        stack: whether its layers may run together: several, of one direction and without projection, with no dropout
+            between them, and nothing to recompute.
     """
 
     T: int
@@ -39,6 +41,7 @@ class Problem:
     training: bool = False
     runs: int = 0
     tf32: bool = True
+    stack: bool = False
 
 
 @dataclass(frozen=True)

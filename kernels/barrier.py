@@ -56,6 +56,15 @@ def wait(counter_ptr, target):
 
 
 @triton.jit
+def wait_unless(counter_ptr, target, seen):
+    """`wait`, unless as many arrivals were `seen`; return how many have been seen now."""
+    while seen < target:
+        seen = tl.atomic_add(counter_ptr, 0, sem="acquire", scope="gpu")
+    tl.debug_barrier()
+    return seen
+
+
+@triton.jit
 def slot(step):
     """Which of the two exchange buffers holds what was stored in `step`."""
     return step % 2

@@ -158,7 +158,7 @@ def _forward(gates_x, h0, c0, w_hh, batch_sizes, save, plan):
             h_n, c_n = torch.empty_like(h0), torch.empty_like(c0)
             # zeros: units past H meet zeros of W_hh, but a NaN among them would be one after the product too
             exchange = gates_x.new_zeros(2, _at_once(plan, B, D), plan.BLOCK_B, _width(plan, H))
-            shared |= {"w_hh_ptr": _padded(plan, w_hh), "exchange_ptr": exchange}
+            shared |= {"w_hh_ptr": _padded(plan, w_hh, _width(plan, H)), "exchange_ptr": exchange, "bias_ptr": None}
             for grid, meeting in _meetings(plan, c0):
                 _together(forward_persistent, grid, **shared, **meeting, h0_ptr=h0, c0_ptr=c0, h_n_ptr=h_n, c_n_ptr=c_n)
         else:
@@ -206,7 +206,7 @@ def _backward(d_output, dh_n, dc_n, gates, cells, c0, w_hh, batch_sizes, plan):
             # in the dtype of gates: half the traffic, and the rounding of dgates itself weighs more (see README.md)
             owners, programs = _width(plan, H) // plan.BLOCK_H, -(-H // plan.BLOCK_H)
             partials = gates.new_empty(2, _at_once(plan, B, D), owners, programs, plan.BLOCK_B, plan.BLOCK_H)
-            shared |= {"w_hh_ptr": _padded(plan, w_hh), "partials_ptr": partials}
+            shared |= {"w_hh_ptr": _padded(plan, w_hh, _width(plan, H)), "partials_ptr": partials}
             for grid, meeting in _meetings(plan, c0):
                 _together(backward_persistent, grid, **shared, **meeting, dc_n_ptr=dc_n, dc0_ptr=dc0)
         else:
@@ -218,15 +218,111 @@ def _backward(d_output, dh_n, dc_n, gates, cells, c0, w_hh, batch_sizes, plan):
     return dgates, dc0
 
 
+@_laid_out_anew
+def stack_forward(gates_x, bias, h0, c0, w_ih, w_hh, batch_sizes, save, plan):
+    """Run the recurrences of all layers of a stack at once; return None where the chip does not hold them.
+
+    Args: those of `lstm_forward`, with layers for directions, but for
+        gates_x: [N, 4H], of the first layer.
+        bias: [L - 1, 4H], of the layers above it.
+        w_ih: [L - 1, 4H, H], likewise.
+    """
+    L, B, H = c0.shape
+    N, dtype = gates_x.shape[0], gates_x.dtype
+    T = _steps(N, B, batch_sizes)
+    plan, common = _prepare(T, c0, dtype, batch_sizes, plan, backward=False, stack=True)
+    if plan.regime != "wavefront":
+        return None
+    gates_x, bias, h0, c0, w_ih, w_hh = (tensor.contiguous() for tensor in (gates_x, bias, h0, c0, w_ih, w_hh))
+    output = gates_x.new_empty(N, L * H)
+    gates = gates_x.new_empty((N, L * 4 * H) if save else 0)
+    cells = gates_x.new_empty((N, L * H) if save else 0, dtype=torch.float32)
+    h_n, c_n = torch.empty_like(h0), torch.empty_like(c0)
+    width = _width(plan, H)
+    # every step has its slot: the layer above reads when it pleases
+    exchange = gates_x.new_zeros(T + 1, _at_once(plan, B, L), plan.BLOCK_B, width)
+    with _device_guard(c0.device):
+        for grid, meeting in _meetings(plan, c0):
+            _together(
+                forward_persistent,
+                grid,
+                gates_x_ptr=gates_x,
+                bias_ptr=bias,
+                w_hh_ptr=_side_by_side(plan, w_hh, w_ih, width),
+                h0_ptr=h0,
+                c0_ptr=c0,
+                output_ptr=output,
+                h_n_ptr=h_n,
+                c_n_ptr=c_n,
+                gates_ptr=gates,
+                cells_ptr=cells,
+                exchange_ptr=exchange,
+                SAVE=save,
+                **common,
+                **meeting,
+            )
+    return output, h_n, c_n, gates, cells
+
+
+@_laid_out_anew
+def stack_backward(d_output, dh_n, dc_n, gates, cells, c0, w_ih, w_hh, batch_sizes, plan):
+    """Run the recurrences of all layers of a stack back at once; return None where the chip does not hold them.
+
+    Args: those of `lstm_backward`, with layers for directions; w_ih as for `stack_forward`. Of d_output [N, L*H] only
+        the last layer's columns count, and the others are overwritten.
+    """
+    L, B, H = c0.shape
+    N, dtype = gates.shape[0], gates.dtype
+    T = _steps(N, B, batch_sizes)
+    plan, common = _prepare(T, c0, dtype, batch_sizes, plan, backward=True, stack=True)
+    if plan.regime != "wavefront":
+        return None
+    tensors = (d_output, dh_n, dc_n, gates, cells, c0, w_ih, w_hh)
+    d_output, dh_n, dc_n, gates, cells, c0, w_ih, w_hh = (tensor.contiguous() for tensor in tensors)
+    dgates, dc0 = torch.empty_like(gates), torch.empty_like(c0)
+    programs = -(-H // plan.BLOCK_H)
+    units = programs * plan.BLOCK_H
+    width = _width(plan, 2 * units)
+    weights = pad(_side_by_side(plan, w_hh, w_ih, units), (0, width - 2 * units))
+    owners = width // plan.BLOCK_H
+    partials = gates.new_empty(2, _at_once(plan, B, L), owners, programs, plan.BLOCK_B, plan.BLOCK_H)
+    with _device_guard(c0.device):
+        for grid, meeting in _meetings(plan, c0):
+            _together(
+                backward_persistent,
+                grid,
+                d_output_ptr=d_output,
+                dh_n_ptr=dh_n,
+                dc_n_ptr=dc_n,
+                gates_ptr=gates,
+                cells_ptr=cells,
+                c0_ptr=c0,
+                w_hh_ptr=weights,
+                dgates_ptr=dgates,
+                dc0_ptr=dc0,
+                partials_ptr=partials,
+                **common,
+                **meeting,
+            )
+    return dgates, dc0
+
+
 def _prepare(
-    T: int, c0: Tensor, dtype: torch.dtype, batch_sizes: Tensor | None, plan: Plan | str | None, backward: bool
+    T: int,
+    c0: Tensor,
+    dtype: torch.dtype,
+    batch_sizes: Tensor | None,
+    plan: Plan | str | None,
+    backward: bool,
+    stack: bool = False,
 ) -> tuple[Plan, dict[str, Any]]:
     """Settle the plan; return it with the arguments that every kernel takes."""
     D, B, H = c0.shape
     device = device_of(c0.device)
     PRECISION = precision(dtype, device)
     if not isinstance(plan, Plan):
-        problem = Problem(T, B, H, H, D=D, dtype=dtype, tf32=PRECISION == "tf32")
+        layers, directions = (D, 1) if stack else (1, D)
+        problem = Problem(T, B, H, H, L=layers, D=directions, dtype=dtype, tf32=PRECISION == "tf32", stack=stack)
         plan = choose(problem, device, backward, plan or "")
     lengths, offsets = _rows_of(batch_sizes, c0.device)
     return plan, {
@@ -256,6 +352,7 @@ def _layout(plan: Plan, backward: bool, device: Device) -> dict[str, int | bool]
     layout: dict[str, int | bool] = {name: getattr(plan, name) for name in names}
     if plan.kernel == "persistent":
         layout["STREAM"] = plan.regime == "streaming"
+        layout["STACK"] = plan.regime == "wavefront"
         layout["HIP"] = device.kind == "hip"
         layout["launch_cooperative_grid"] = True  # programs that cannot all be on the chip are an error, not a hang
         if backward:
@@ -280,17 +377,23 @@ def _meetings(plan: Plan, c0: Tensor) -> Iterator[tuple[tuple[int, int], dict[st
         yield grid, {"counters_ptr": counters[first:], "D": D, "first": first}
 
 
-def _width(plan: Plan, H: int) -> int:
-    """Return how many columns the chunks of a persistent plan cover: H rounded up."""
+def _width(plan: Plan, columns: int) -> int:
+    """Return how many columns the chunks of a persistent plan cover: `columns` rounded up."""
     kept = plan.KEPT * plan.BLOCK_K
-    return kept + -(-(H - kept) // plan.TAIL_K) * plan.TAIL_K
+    return kept + -(-(columns - kept) // plan.TAIL_K) * plan.TAIL_K
 
 
-def _padded(plan: Plan, w_hh: Tensor) -> Tensor:
-    """Return W_hh [D, 4H, H] with zeros up to whole programs and chunks: no mask, and aligned rows, in the kernel."""
-    D, _, H = w_hh.shape
-    columns, units = _width(plan, H) - H, -H % plan.BLOCK_H
-    return pad(w_hh.view(D, 4, H, H), (0, columns, 0, units)) if columns or units else w_hh
+def _padded(plan: Plan, weight: Tensor, width: int) -> Tensor:
+    """Return a weight [D, 4H, H] with zeros up to whole programs and chunks: no mask, and aligned rows, in the kernel."""
+    D, _, H = weight.shape
+    columns, units = width - H, -H % plan.BLOCK_H
+    return pad(weight.view(D, 4, H, H), (0, columns, 0, units)) if columns or units else weight
+
+
+def _side_by_side(plan: Plan, w_hh: Tensor, w_ih: Tensor, width: int) -> Tensor:
+    """Return [L, 4, UNITS, 2 * width]: W_hh of each layer, then its W_ih, zeros for the first, which has none below."""
+    w_ih = pad(w_ih, (0, 0, 0, 0, 1, 0))
+    return torch.cat([_padded(plan, weight, width).view(len(w_hh), 4, -1, width) for weight in (w_hh, w_ih)], 3)
 
 
 def _steps(N: int, B: int, batch_sizes: Tensor | None) -> int:
