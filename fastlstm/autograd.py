@@ -38,9 +38,6 @@ def lstm_layer(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run the D directions of one layer over rows (`reference.py` says how rows are laid out).
 
-    With `stack`, read "layers" for "directions": each is one direction of a layer, fed by the one before, all of them
-    run at once, and the output is that of the last, [N, H].
-
     Args:
         x: [N, I].
         h0: [D, B, P] (P is H without projection).
@@ -50,20 +47,21 @@ def lstm_layer(
         backend: "reference", "triton" (and, after a space, the name of a layout), or "auto" for the better of the two
             where and when the layer runs.
         recompute: whether backward makes the activated gates again instead of finding them saved.
-        stack: whether the weights are those of layers; there is then neither a projection nor `recompute`.
+        stack: whether D counts layers of one direction, each fed by the one before, which "triton" runs all at once;
+            without projection and `recompute`.
 
     Returns:
-        output [N, D*P], h_n [D, B, P], c_n [D, B, H].
+        output [N, D*P] (of a stack that of its last layer, [N, H]), h_n [D, B, P], c_n [D, B, H].
     """
     flat = [weight for direction in weights for weight in direction]
     if transformed():
         output, h_n, c_n = _differentiable(x, h0, c0, flat, batch_sizes, stack)
-        return output[:, -h0.shape[2] :] if stack else output, h_n, c_n
-    present = [weight for weight in flat if weight is not None]
-    # an exported program is for inference first: trained after all, backward makes again what was not saved
-    save = torch.is_grad_enabled() and not torch.compiler.is_exporting()
-    save = save and any(t.requires_grad for t in (x, h0, c0, *present))
-    output, h_n, c_n, _, _ = lstm_forward(x, h0, c0, present, batch_sizes, save, recompute, backend, stack)
+    else:
+        present = [weight for weight in flat if weight is not None]
+        # an exported program is for inference first: trained after all, backward makes again what was not saved
+        save = torch.is_grad_enabled() and not torch.compiler.is_exporting()
+        save = save and any(t.requires_grad for t in (x, h0, c0, *present))
+        output, h_n, c_n, _, _ = lstm_forward(x, h0, c0, present, batch_sizes, save, recompute, backend, stack)
     return output[:, -h0.shape[2] :].contiguous() if stack else output, h_n, c_n
 
 
@@ -145,14 +143,14 @@ def by_kind(flat: Sequence[Any]) -> tuple[Tensor, Tensor | None, Tensor, Tensor 
     return _cat(w_ih), bias, _stack(w_hh), None if w_hr[0] is None else _stack(w_hr)
 
 
-def _by_kind_stacked(flat: Sequence[Any]) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor]:
-    """Return the weights of a stack together: the first layer's w_ih and bias, w_hh [L, 4H, H], the others' w_ih, bias."""
-    w_ih, bias, w_hh, _ = by_kind(flat[:5])
-    w_ih_above, bias_above, w_hh_above, _ = by_kind(flat[5:])
-    L, H = len(w_hh_above), w_hh.shape[2]
-    if bias_above is None:
-        bias_above = w_ih_above.new_zeros(L, 4 * H)
-    return w_ih, bias, torch.cat((w_hh, w_hh_above)), w_ih_above.view(L, 4 * H, H), bias_above.view(L, 4 * H)
+def _stacked(flat: Sequence[Any]) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor]:
+    """Return a stack's weights: w_ih, bias of the first layer; w_ih [L-1, 4H, H], bias [L-1, 4H] of the rest; w_hh."""
+    w_ih, bias, _, _ = by_kind(flat[:5])
+    above, bias_above, w_hh, _ = by_kind(flat[5:])
+    L, _, H = w_hh.shape
+    above = above.view(L, 4 * H, H)
+    bias_above = above.new_zeros(L, 4 * H) if bias_above is None else bias_above.view(L, 4 * H)
+    return w_ih, bias, above, bias_above, _stack(flat[1::5])
 
 
 def _cat(tensors: Sequence[Any]) -> Tensor:
@@ -164,7 +162,7 @@ def _stack(tensors: Sequence[Any]) -> Tensor:
 
 
 def _recurrence(name: str, backend: str, c0: Tensor) -> Callable[..., Any]:
-    """Return the function "lstm_forward" or "lstm_backward" that runs the recurrence on c0 [D, B, H]."""
+    """Return the function that runs a recurrence on c0 [D, B, H]: "lstm_forward", "stack_backward", ..."""
     if backend == "auto":
         D, B, H = c0.shape
         # what is saved is the same whoever runs it, so forward and backward need not choose alike
@@ -173,19 +171,10 @@ def _recurrence(name: str, backend: str, c0: Tensor) -> Callable[..., Any]:
     backend, _, layout = backend.partition(" ")
     if backend != "triton":
         return getattr(reference, name)
-    from fastlstm.kernels import launch  # imports triton, which a CPU-only install need not have
+    from fastlstm.kernels import launch, wavefront  # import triton, which a CPU-only install need not have
 
-    return functools.partial(getattr(launch, name), plan=layout or None)
-
-
-def _stacked(name: str, backend: str) -> Callable[..., Any] | None:
-    """Return the function "stack_forward" or "stack_backward" that runs a stack in one launch, if there is one."""
-    backend, _, layout = backend.partition(" ")
-    if backend != "triton":
-        return None
-    from fastlstm.kernels import launch
-
-    return functools.partial(getattr(launch, name), plan=layout)
+    kernels = wavefront if name.startswith("stack") else launch
+    return functools.partial(getattr(kernels, name), plan=layout or None)
 
 
 @torch.library.custom_op("fastlstm::first_step", mutates_args=())
@@ -220,18 +209,20 @@ def lstm_forward(
     save: bool,
     recompute: bool,
     backend: str,
-    stack: bool,
+    stack: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Run one layer: the input GEMM x [N, I] -> [N, D*4H], then `reference.lstm_forward` says what.
 
     weights are those of each direction in torch's flat order, none of them missing or None. Of what is saved, the
-    gates are left out (of size 0) if `recompute`. With `stack`, "layers" goes for "directions".
+    gates are left out (of size 0) if `recompute`. D counts the layers of a `stack`, and N*D*P their outputs.
     """
     if batch_sizes is not None:
         checks.check_rows(batch_sizes, len(x), h0.shape[1])
     flat = spread(weights, len(h0))
     if stack:
-        return _forward_stack(x, h0, c0, flat, batch_sizes, save, backend)
+        w_ih, bias, above, bias_above, w_hh = _stacked(flat)
+        run = _recurrence("stack_forward", backend, c0)
+        return run(F.linear(x, w_ih, bias), bias_above, h0, c0, above, w_hh, batch_sizes, save)
     w_ih, bias, w_hh, w_hr = by_kind(flat)
     gates_x = F.linear(x, w_ih, bias)
     run = _recurrence("lstm_forward", backend, c0)
@@ -239,26 +230,8 @@ def lstm_forward(
     return *results, gates.new_empty(0) if recompute else gates, cells
 
 
-def _forward_stack(
-    x: Tensor, h0: Tensor, c0: Tensor, flat: list[Any], batch_sizes: Tensor | None, save: bool, backend: str
-) -> tuple[Tensor, ...]:
-    """Run `lstm_forward` for a stack: all layers in one launch or, where the chip does not hold them, one by one."""
-    w_ih, bias, w_hh, w_ih_above, bias_above = _by_kind_stacked(flat)
-    if run := _stacked("stack_forward", backend):
-        arguments = (F.linear(x, w_ih, bias), bias_above, h0, c0, w_ih_above, w_hh, batch_sizes, save)
-        if (results := run(*arguments)) is not None:
-            return results
-    layers = []
-    for n in range(len(h0)):
-        weights = [weight for weight in flat[5 * n : 5 * n + 5] if weight is not None]
-        layers.append(lstm_forward(x, h0[n : n + 1], c0[n : n + 1], weights, batch_sizes, save, False, backend, False))
-        x = layers[-1][0]
-    output, h_n, c_n, gates, cells = zip(*layers, strict=True)
-    return torch.hstack(output), torch.cat(h_n), torch.cat(c_n), torch.hstack(gates), torch.hstack(cells)
-
-
 @lstm_forward.register_fake
-def _(x, h0, c0, weights, batch_sizes, save, recompute, backend, stack):
+def _(x, h0, c0, weights, batch_sizes, save, recompute, backend, stack=False):
     N = x.shape[0]
     D, B, P = h0.shape
     H = c0.shape[2]
@@ -358,12 +331,12 @@ def _gradients(
     needs_x, needs_h0, needs_c0, *needs_flat = needs
     D, B, _ = h0.shape
     H = c0.shape[2]
-    w_ih_above = w_hr = None
+    above = w_hr = None
     if stack:
-        w_ih, _, w_hh, w_ih_above, _ = _by_kind_stacked(flat)
+        w_ih, _, above, _, w_hh = _stacked(flat)
     else:
         w_ih, _, w_hh, w_hr = by_kind(flat)
-    dgates, dc0, dh = lstm_backward(*cotangents, gates, cells, c0, w_hh, w_hr, batch_sizes, backend, w_ih_above)
+    dgates, dc0, dh = lstm_backward(*cotangents, gates, cells, c0, w_hh, w_hr, batch_sizes, backend, above)
 
     dx = _times_weight(dgates[:, : len(w_ih)], w_ih) if needs_x else None
     dh0: list[Tensor] = []
@@ -401,46 +374,17 @@ def lstm_backward(
     w_hr: Tensor | None,
     batch_sizes: Tensor | None,
     backend: str,
-    w_ih_above: Tensor | None,
+    above: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run the adjoint of the recurrence: `reference.lstm_backward` says what it takes and returns.
 
-    Of a stack, whose layers stand for directions, w_ih_above [L - 1, 4H, H] is W_ih of all but the first.
+    Of a stack, `above` is w_ih [L - 1, 4H, H] of the layers above the first.
     """
-    if w_ih_above is not None:
-        dgates, dc0 = _backward_stack(d_output, dh_n, dc_n, gates, cells, c0, w_ih_above, w_hh, batch_sizes, backend)
-        return dgates, dc0, d_output.new_empty(0)
+    if above is not None:
+        run = _recurrence("stack_backward", backend, c0)
+        return *run(d_output, dh_n, dc_n, gates, cells, c0, above, w_hh, batch_sizes), d_output.new_empty(0)
     run = _recurrence("lstm_backward", backend, c0)
     return run(d_output, dh_n, dc_n, gates, cells, c0, w_hh, w_hr, batch_sizes)
-
-
-def _backward_stack(
-    d_output: Tensor,
-    dh_n: Tensor,
-    dc_n: Tensor,
-    gates: Tensor,
-    cells: Tensor,
-    c0: Tensor,
-    w_ih: Tensor,
-    w_hh: Tensor,
-    batch_sizes: Tensor | None,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    """Run `lstm_backward` for a stack: all layers in one launch or, where the chip does not hold them, one by one."""
-    L, _, H = c0.shape
-    if run := _stacked("stack_backward", backend):
-        results = run(d_output, dh_n, dc_n, gates, cells, c0, w_ih, w_hh, batch_sizes)
-        if results is not None:
-            return results
-    layers = []
-    dy = d_output[:, -H:]
-    for n in reversed(range(L)):
-        states = (state[n : n + 1] for state in (dh_n, dc_n))
-        saved = (gates.chunk(L, 1)[n], cells.chunk(L, 1)[n], c0[n : n + 1], w_hh[n : n + 1])
-        layers.append(lstm_backward(dy, *states, *saved, None, batch_sizes, backend, None))
-        dy = layers[-1][0] @ w_ih[n - 1]
-    dgates, dc0, _ = zip(*reversed(layers), strict=True)
-    return torch.hstack(dgates), torch.cat(dc0)
 
 
 @lstm_gates.register_fake
@@ -449,6 +393,6 @@ def _(x, h0, output, weights, batch_sizes):
 
 
 @lstm_backward.register_fake
-def _(d_output, dh_n, dc_n, gates, cells, c0, w_hh, w_hr, batch_sizes, backend, w_ih_above):
+def _(d_output, dh_n, dc_n, gates, cells, c0, w_hh, w_hr, batch_sizes, backend, above=None):
     dh = d_output.new_empty(0 if w_hr is None else d_output.shape)
     return gates.new_empty(gates.shape), c0.new_empty(c0.shape), dh

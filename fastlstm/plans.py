@@ -99,8 +99,8 @@ def choose(problem: Problem, device: Device, backward: bool = False, layout: str
 def candidates(problem: Problem, device: Device, backward: bool = False) -> list[Plan]:
     """Return every plan worth a trial for one layer, the best guess first; never empty.
 
-    Where the layers of the problem may run together, and should, a plan for all of them comes before. T does not matter, and B only to the nearest tile. A target that is not in `SHARED_MEMORY` gets plans that need
-    little.
+    Before them comes a plan for all layers at once, where they may run together and it should pay. T does not matter,
+    and B only to the nearest tile. A target that is not in `SHARED_MEMORY` gets plans that need little.
 
     Example:
         >>> H100 = Device("cuda", "sm_90", processors=132)
@@ -170,10 +170,11 @@ def _persistent(problem: Problem, device: Device, backward: bool, BLOCK_B: int, 
     if itemsize == 4 and device.kind == "cuda" and not problem.tf32:
         return None  # no matrix unit of NVIDIA's multiplies float32, and W_hh spills as an operand of plain FMAs
     largest = _LARGEST_PERSISTENT.get(target, {}).get(itemsize, (0, 0))[BLOCK_B > 16]
+    held = 2 * H if layers > 1 else H  # columns: in a stack W_ih stands beside W_hh
     shared = SHARED_MEMORY.get(target, 0) // 1024
-    BLOCK_H = 8 if itemsize == 4 and device.kind == "cuda" and (shared < 128 or H > 512) and largest >= H else 16
+    BLOCK_H = 8 if itemsize == 4 and device.kind == "cuda" and (shared < 128 or held > 512) and largest >= held else 16
     groups = device.processors // -(-H // BLOCK_H) // layers * layers
-    if not groups or not largest or H > _LARGEST_STREAMING or (layers > 1 and largest < 2 * H):
+    if not groups or not largest or H > _LARGEST_STREAMING or (layers > 1 and largest < held):
         return None
     if largest < H:
         # wide tiles leave no registers for the addresses of rows of gates that are not aligned
@@ -183,7 +184,7 @@ def _persistent(problem: Problem, device: Device, backward: bool, BLOCK_B: int, 
         BLOCK_K, KEPT, TAIL_K = _STREAMING[shared, itemsize, BLOCK_B][backward]
         KEPT = min(KEPT, (H - 1) // BLOCK_K)
         return Plan("streaming", BLOCK_H, BLOCK_B, BLOCK_K, 8, 1, TAIL_K, KEPT, 1, 1 if backward else 8, groups)
-    # of a stack, W_ih stands beside W_hh: forward in chunks of its own, backward, where both meet the same dgates, not
+    # forward they meet each its own h, in chunks of their own; backward both the same dgates
     columns = 2 * -(-H // BLOCK_H) * BLOCK_H if layers > 1 and backward else H
     longest, SPLIT, ahead, num_warps = _persistent_layout(columns, BLOCK_B > 16, itemsize, target, backward)
     BLOCK_K, TAIL_K = _chunks(columns, longest)

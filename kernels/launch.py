@@ -89,7 +89,7 @@ class _RefusedError(Exception):
     """The chip cannot hold the programs of a grid all at once; the argument says how many it may."""
 
 
-def _laid_out_anew(run: Callable) -> Callable:
+def laid_out_anew(run: Callable) -> Callable:
     """Decorate a pass: where the driver refuses its grid, the layout is chosen again, for fewer processors.
 
     A persistent layout gives way to a smaller one or, in the end, to stepwise. One that was asked for is an error.
@@ -110,7 +110,7 @@ def _laid_out_anew(run: Callable) -> Callable:
     return again
 
 
-def _together(kernel: Any, grid: tuple[int, int], **arguments: Any) -> None:
+def together(kernel: Any, grid: tuple[int, int], **arguments: Any) -> None:
     """Launch a grid whose programs meet."""
     try:
         kernel[grid](**arguments)
@@ -123,12 +123,12 @@ def _together(kernel: Any, grid: tuple[int, int], **arguments: Any) -> None:
         raise _RefusedError(math.prod(grid) - 1 if too_many in str(error) else 0) from error
 
 
-@_laid_out_anew
+@laid_out_anew
 def _forward(gates_x, h0, c0, w_hh, batch_sizes, save, plan):
     """`lstm_forward` without projection."""
     D, B, H = c0.shape
     N, dtype = gates_x.shape[0], gates_x.dtype
-    T = _steps(N, B, batch_sizes)
+    T = steps(N, B, batch_sizes)
     if gates_x.shape[1] != D * 4 * H or w_hh.shape != (D, 4 * H, H):  # a kernel would read past the end of them
         raise RuntimeError(f"Expected weight_hh of size {(4 * H, H)} in a layer of hidden_size={H}")
     gates_x, h0, c0, w_hh = (tensor.contiguous() for tensor in (gates_x, h0, c0, w_hh))
@@ -139,7 +139,7 @@ def _forward(gates_x, h0, c0, w_hh, batch_sizes, save, plan):
     if N == 0:
         return output, h0.clone(), c0.clone(), gates, cells
 
-    plan, common = _prepare(T, c0, dtype, batch_sizes, plan, backward=False)
+    plan, common = prepare(T, c0, dtype, batch_sizes, plan, backward=False)
     shared = {
         "gates_x_ptr": gates_x,
         "w_hh_ptr": w_hh,
@@ -149,7 +149,7 @@ def _forward(gates_x, h0, c0, w_hh, batch_sizes, save, plan):
         "SAVE": save,
         **common,
     }
-    with _device_guard(c0.device):
+    with device_guard(c0.device):
         if plan.regime == "resident":
             h_n, c_n = torch.empty_like(h0), torch.empty_like(c0)
             grid = (triton.cdiv(B, plan.BLOCK_B), D)
@@ -157,10 +157,10 @@ def _forward(gates_x, h0, c0, w_hh, batch_sizes, save, plan):
         elif plan.kernel == "persistent":
             h_n, c_n = torch.empty_like(h0), torch.empty_like(c0)
             # zeros: units past H meet zeros of W_hh, but a NaN among them would be one after the product too
-            exchange = gates_x.new_zeros(2, _at_once(plan, B, D), plan.BLOCK_B, _width(plan, H))
-            shared |= {"w_hh_ptr": _padded(plan, w_hh, _width(plan, H)), "exchange_ptr": exchange, "bias_ptr": None}
-            for grid, meeting in _meetings(plan, c0):
-                _together(forward_persistent, grid, **shared, **meeting, h0_ptr=h0, c0_ptr=c0, h_n_ptr=h_n, c_n_ptr=c_n)
+            exchange = gates_x.new_zeros(2, at_once(plan, B, D), plan.BLOCK_B, width_of(plan, H))
+            shared |= {"w_hh_ptr": padded(plan, w_hh, width_of(plan, H)), "exchange_ptr": exchange, "bias_ptr": None}
+            for grid, meeting in meetings(plan, c0):
+                together(forward_persistent, grid, **shared, **meeting, h0_ptr=h0, c0_ptr=c0, h_n_ptr=h_n, c_n_ptr=c_n)
         else:
             # a program reads all of h and writes its own units, so h takes turns between two buffers
             h_in, h_n = h0, torch.empty_like(h0)
@@ -174,19 +174,19 @@ def _forward(gates_x, h0, c0, w_hh, batch_sizes, save, plan):
     return output, h_n, c_n, gates, cells
 
 
-@_laid_out_anew
+@laid_out_anew
 def _backward(d_output, dh_n, dc_n, gates, cells, c0, w_hh, batch_sizes, plan):
     """`lstm_backward` without projection."""
     D, B, H = c0.shape
     N, dtype = gates.shape[0], gates.dtype
-    T = _steps(N, B, batch_sizes)
+    T = steps(N, B, batch_sizes)
     tensors = (d_output, dh_n, dc_n, gates, cells, c0, w_hh)  # a hook on saved tensors may have laid them out anew
     d_output, dh_n, dc_n, gates, cells, c0, w_hh = (tensor.contiguous() for tensor in tensors)
     dgates = torch.empty_like(gates)
     if N == 0:
         return dgates, dc_n.clone()
 
-    plan, common = _prepare(T, c0, dtype, batch_sizes, plan, backward=True)
+    plan, common = prepare(T, c0, dtype, batch_sizes, plan, backward=True)
     shared = {
         "d_output_ptr": d_output,
         "dh_n_ptr": dh_n,
@@ -197,18 +197,18 @@ def _backward(d_output, dh_n, dc_n, gates, cells, c0, w_hh, batch_sizes, plan):
         "dgates_ptr": dgates,
         **common,
     }
-    with _device_guard(c0.device):
+    with device_guard(c0.device):
         if plan.regime == "resident":
             dc0 = torch.empty_like(c0)
             backward_resident[(triton.cdiv(B, plan.BLOCK_B), D)](**shared, dc_n_ptr=dc_n, dc0_ptr=dc0)
         elif plan.kernel == "persistent":
             dc0 = torch.empty_like(c0)
             # in the dtype of gates: half the traffic, and the rounding of dgates itself weighs more (see README.md)
-            owners, programs = _width(plan, H) // plan.BLOCK_H, -(-H // plan.BLOCK_H)
-            partials = gates.new_empty(2, _at_once(plan, B, D), owners, programs, plan.BLOCK_B, plan.BLOCK_H)
-            shared |= {"w_hh_ptr": _padded(plan, w_hh, _width(plan, H)), "partials_ptr": partials}
-            for grid, meeting in _meetings(plan, c0):
-                _together(backward_persistent, grid, **shared, **meeting, dc_n_ptr=dc_n, dc0_ptr=dc0)
+            owners, programs = width_of(plan, H) // plan.BLOCK_H, -(-H // plan.BLOCK_H)
+            partials = gates.new_empty(2, at_once(plan, B, D), owners, programs, plan.BLOCK_B, plan.BLOCK_H)
+            shared |= {"w_hh_ptr": padded(plan, w_hh, width_of(plan, H)), "partials_ptr": partials}
+            for grid, meeting in meetings(plan, c0):
+                together(backward_persistent, grid, **shared, **meeting, dc_n_ptr=dc_n, dc0_ptr=dc0)
         else:
             dc = dc_n.to(torch.float32, copy=True)
             grid = (triton.cdiv(H, plan.BLOCK_H), triton.cdiv(B, plan.BLOCK_B), D)
@@ -218,96 +218,7 @@ def _backward(d_output, dh_n, dc_n, gates, cells, c0, w_hh, batch_sizes, plan):
     return dgates, dc0
 
 
-@_laid_out_anew
-def stack_forward(gates_x, bias, h0, c0, w_ih, w_hh, batch_sizes, save, plan):
-    """Run the recurrences of all layers of a stack at once; return None where the chip does not hold them.
-
-    Args: those of `lstm_forward`, with layers for directions, but for
-        gates_x: [N, 4H], of the first layer.
-        bias: [L - 1, 4H], of the layers above it.
-        w_ih: [L - 1, 4H, H], likewise.
-    """
-    L, B, H = c0.shape
-    N, dtype = gates_x.shape[0], gates_x.dtype
-    T = _steps(N, B, batch_sizes)
-    plan, common = _prepare(T, c0, dtype, batch_sizes, plan, backward=False, stack=True)
-    if plan.regime != "wavefront":
-        return None
-    gates_x, bias, h0, c0, w_ih, w_hh = (tensor.contiguous() for tensor in (gates_x, bias, h0, c0, w_ih, w_hh))
-    output = gates_x.new_empty(N, L * H)
-    gates = gates_x.new_empty((N, L * 4 * H) if save else 0)
-    cells = gates_x.new_empty((N, L * H) if save else 0, dtype=torch.float32)
-    h_n, c_n = torch.empty_like(h0), torch.empty_like(c0)
-    width = _width(plan, H)
-    # every step has its slot: the layer above reads when it pleases
-    exchange = gates_x.new_zeros(T + 1, _at_once(plan, B, L), plan.BLOCK_B, width)
-    with _device_guard(c0.device):
-        for grid, meeting in _meetings(plan, c0):
-            _together(
-                forward_persistent,
-                grid,
-                gates_x_ptr=gates_x,
-                bias_ptr=bias,
-                w_hh_ptr=_side_by_side(plan, w_hh, w_ih, width),
-                h0_ptr=h0,
-                c0_ptr=c0,
-                output_ptr=output,
-                h_n_ptr=h_n,
-                c_n_ptr=c_n,
-                gates_ptr=gates,
-                cells_ptr=cells,
-                exchange_ptr=exchange,
-                SAVE=save,
-                **common,
-                **meeting,
-            )
-    return output, h_n, c_n, gates, cells
-
-
-@_laid_out_anew
-def stack_backward(d_output, dh_n, dc_n, gates, cells, c0, w_ih, w_hh, batch_sizes, plan):
-    """Run the recurrences of all layers of a stack back at once; return None where the chip does not hold them.
-
-    Args: those of `lstm_backward`, with layers for directions; w_ih as for `stack_forward`. Of d_output [N, L*H] only
-        the last layer's columns count, and the others are overwritten.
-    """
-    L, B, H = c0.shape
-    N, dtype = gates.shape[0], gates.dtype
-    T = _steps(N, B, batch_sizes)
-    plan, common = _prepare(T, c0, dtype, batch_sizes, plan, backward=True, stack=True)
-    if plan.regime != "wavefront":
-        return None
-    tensors = (d_output, dh_n, dc_n, gates, cells, c0, w_ih, w_hh)
-    d_output, dh_n, dc_n, gates, cells, c0, w_ih, w_hh = (tensor.contiguous() for tensor in tensors)
-    dgates, dc0 = torch.empty_like(gates), torch.empty_like(c0)
-    programs = -(-H // plan.BLOCK_H)
-    units = programs * plan.BLOCK_H
-    width = _width(plan, 2 * units)
-    weights = pad(_side_by_side(plan, w_hh, w_ih, units), (0, width - 2 * units))
-    owners = width // plan.BLOCK_H
-    partials = gates.new_empty(2, _at_once(plan, B, L), owners, programs, plan.BLOCK_B, plan.BLOCK_H)
-    with _device_guard(c0.device):
-        for grid, meeting in _meetings(plan, c0):
-            _together(
-                backward_persistent,
-                grid,
-                d_output_ptr=d_output,
-                dh_n_ptr=dh_n,
-                dc_n_ptr=dc_n,
-                gates_ptr=gates,
-                cells_ptr=cells,
-                c0_ptr=c0,
-                w_hh_ptr=weights,
-                dgates_ptr=dgates,
-                dc0_ptr=dc0,
-                partials_ptr=partials,
-                **common,
-                **meeting,
-            )
-    return dgates, dc0
-
-
-def _prepare(
+def prepare(
     T: int,
     c0: Tensor,
     dtype: torch.dtype,
@@ -360,43 +271,37 @@ def _layout(plan: Plan, backward: bool, device: Device) -> dict[str, int | bool]
     return layout
 
 
-def _at_once(plan: Plan, B: int, D: int) -> int:
+def at_once(plan: Plan, B: int, D: int) -> int:
     """Return how many groups of programs that meet run in one launch: of each tile of rows and direction, one."""
     groups = -(-B // plan.BLOCK_B) * D
     return min(groups, plan.groups or groups)
 
 
-def _meetings(plan: Plan, c0: Tensor) -> Iterator[tuple[tuple[int, int], dict[str, Any]]]:
+def meetings(plan: Plan, c0: Tensor) -> Iterator[tuple[tuple[int, int], dict[str, Any]]]:
     """Yield (grid, arguments) of each launch of a persistent kernel: all groups, as many at once as the plan says."""
     D, B, H = c0.shape
-    groups, at_once = -(-B // plan.BLOCK_B) * D, _at_once(plan, B, D)
+    groups, most = -(-B // plan.BLOCK_B) * D, at_once(plan, B, D)
     # a cache line for each counter: they are polled
     counters = torch.zeros(groups, 32, dtype=torch.int32, device=c0.device)
-    for first in range(0, groups, at_once):
-        grid = (-(-H // plan.BLOCK_H), min(at_once, groups - first))
+    for first in range(0, groups, most):
+        grid = (-(-H // plan.BLOCK_H), min(most, groups - first))
         yield grid, {"counters_ptr": counters[first:], "D": D, "first": first}
 
 
-def _width(plan: Plan, columns: int) -> int:
+def width_of(plan: Plan, columns: int) -> int:
     """Return how many columns the chunks of a persistent plan cover: `columns` rounded up."""
     kept = plan.KEPT * plan.BLOCK_K
     return kept + -(-(columns - kept) // plan.TAIL_K) * plan.TAIL_K
 
 
-def _padded(plan: Plan, weight: Tensor, width: int) -> Tensor:
-    """Return a weight [D, 4H, H] with zeros up to whole programs and chunks: no mask, and aligned rows, in the kernel."""
+def padded(plan: Plan, weight: Tensor, width: int) -> Tensor:
+    """Return weights [D, 4H, H] with zeros up to whole programs and `width`: no mask, and aligned rows, in a kernel."""
     D, _, H = weight.shape
     columns, units = width - H, -H % plan.BLOCK_H
     return pad(weight.view(D, 4, H, H), (0, columns, 0, units)) if columns or units else weight
 
 
-def _side_by_side(plan: Plan, w_hh: Tensor, w_ih: Tensor, width: int) -> Tensor:
-    """Return [L, 4, UNITS, 2 * width]: W_hh of each layer, then its W_ih, zeros for the first, which has none below."""
-    w_ih = pad(w_ih, (0, 0, 0, 0, 1, 0))
-    return torch.cat([_padded(plan, weight, width).view(len(w_hh), 4, -1, width) for weight in (w_hh, w_ih)], 3)
-
-
-def _steps(N: int, B: int, batch_sizes: Tensor | None) -> int:
+def steps(N: int, B: int, batch_sizes: Tensor | None) -> int:
     """Return T."""
     if batch_sizes is not None:
         return batch_sizes.numel()
@@ -411,6 +316,6 @@ def _rows_of(batch_sizes: Tensor | None, device: torch.device) -> tuple[Tensor |
     return lengths.to(device, torch.int32, non_blocking=True), offsets.to(device, non_blocking=True)
 
 
-def _device_guard(device: torch.device) -> AbstractContextManager:
+def device_guard(device: torch.device) -> AbstractContextManager:
     """Make `device` the current one: Triton launches on the current device, not on its arguments'."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

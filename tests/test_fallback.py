@@ -142,7 +142,7 @@ def test_a_pass_that_has_begun_is_not_run_again(monkeypatch):
     """Its first grid has overwritten the gates of its rows."""
     driver = Driver(monkeypatch, TOO_MANY)
     with pytest.raises(RuntimeError, match="too many blocks"):
-        launch._together(driver, (4, 2), first=2, launch_cooperative_grid=True)
+        launch.together(driver, (4, 2), first=2, launch_cooperative_grid=True)
 
 
 @pytest.mark.gpu

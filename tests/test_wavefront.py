@@ -1,95 +1,197 @@
-"""All layers of a stack in one launch: right, race-free, and each fault is seen; where there is no room, layer by layer."""
+"""All layers of a stack in one launch: right, race-free, and each fault is seen; without room, layer after layer."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
+from helpers import assert_close
 from torch import Tensor
+from torch.nn.functional import linear
 
 pytest.importorskip("triton")
 
-from barriers import MUTANTS, replaced
-from helpers import assert_close
+import triton
+import triton.language as tl
+from barriers import MUTANTS, WAITS_FOR_TOO_MANY, replaced
 from recurrence import FORWARD
-from scheduler import scheduled
+from scheduler import HangError, scheduled
 from shadow_memory import RaceError
 
-from fastlstm import autograd
+from fastlstm import reference
 from fastlstm.dispatch import interpreting
-from fastlstm.kernels import backward_persistent, forward_persistent, launch
+from fastlstm.kernels import backward_persistent, barrier, forward_persistent, wavefront
 from fastlstm.plans import Plan
 
 pytestmark = pytest.mark.skipif(not interpreting(), reason="needs TRITON_INTERPRET=1")
 
 # small enough for the interpreter
 PLAN = Plan("wavefront", BLOCK_H=8, BLOCK_B=4, BLOCK_K=16, num_warps=1, TAIL_K=16, AHEAD=1)
-LENGTHS = (5, 4, 4, 2, 1, 1)  # rows of one tile and of two
+LENGTHS = (5, 4, 4, 2, 1, 1)  # rows of one tile and of two, in falling length
+ALL = (*FORWARD, "dgates", "dc0")
 
 
 class Stack:
-    """The recurrences of L layers with random inputs, to run layer by layer in plain torch or at once by the kernels."""
+    """The recurrences of L layers with random inputs, to run one after the other in plain torch or all at once."""
 
-    def __init__(self, H: int, lengths: Iterable[int], dtype: torch.dtype, L: int, packed: bool = False):
-        lengths = list(lengths)
+    def __init__(self, H: int, lengths: Sequence[int], dtype: torch.dtype = torch.float32, L: int = 2, packed=False):
         T, B = max(lengths), len(lengths)
         self.batch_sizes = torch.tensor([sum(n > t for n in lengths) for t in range(T)]) if packed else None
+        self.L, self.H, self.dtype = L, H, dtype
         N = sum(lengths) if packed else T * B
         generator = torch.Generator().manual_seed(H + B + L)
+        shapes = ((N, 4 * H), (L - 1, 4 * H), (L, B, H), (L, B, H), (L - 1, 4 * H, H), (L, 4 * H, H))
+        cotangents = ((N, H), (L, B, H), (L, B, H))
+        drawn = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes + cotangents]
+        for weight in drawn[4:6]:
+            weight /= H**0.5
+        self.inputs, self.cotangents = ([tensor.to(dtype) for tensor in part] for part in (drawn[:6], drawn[6:]))
 
-        def draw(*shape):
-            return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
-
-        self.L, self.H, self.dtype = L, H, dtype
-        self.gates_x, self.bias = draw(N, 4 * H), draw(L - 1, 4 * H)
-        self.h0, self.c0 = draw(L, B, H), draw(L, B, H)
-        self.w_ih, self.w_hh = draw(L - 1, 4 * H, H) / H**0.5, draw(L, 4 * H, H) / H**0.5
-        self.cotangents = [draw(N, H), draw(L, B, H), draw(L, B, H)]
-
-    def by_torch(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """The layers in turn; layer 0's gates_x come out of a GEMM with the unit matrix."""
-        eye = torch.eye(4 * self.H, dtype=dtype)
-        tensors = (self.gates_x, self.bias, self.h0, self.c0, self.w_ih, self.w_hh, *self.cotangents)
-        gates_x, bias, h0, c0, w_ih, w_hh, *cotangents = (tensor.to(dtype, copy=True) for tensor in tensors)
-        zeros = torch.zeros(4 * self.H, dtype=dtype)
-        flat = [eye, w_hh[0], zeros, zeros, None]
-        for n in range(self.L - 1):
-            flat += [w_ih[n], w_hh[n + 1], bias[n], zeros, None]
-        forward = autograd._forward_stack(gates_x, h0, c0, flat, self.batch_sizes, True, "reference")
-        d_output = torch.cat((gates_x.new_zeros(len(gates_x), (self.L - 1) * self.H), cotangents[0]), 1)
-        saved = (*forward[3:], c0, w_ih, w_hh)
-        backward = autograd._backward_stack(d_output, *cotangents[1:], *saved, self.batch_sizes, "reference")
-        return dict(zip((*FORWARD, "dgates", "dc0"), (*forward, *backward), strict=True))
+    def by_reference(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        gates_x, bias, h0, c0, w_ih, w_hh = (tensor.to(dtype, copy=True) for tensor in self.inputs)
+        dy, dh_n, dc_n = (tensor.to(dtype) for tensor in self.cotangents)
+        layers = [slice(n, n + 1) for n in range(self.L)]
+        forward: list[Any] = []
+        for n, layer in enumerate(layers):
+            x = linear(forward[-1][0], w_ih[n - 1], bias[n - 1]) if n else gates_x
+            forward.append(reference.lstm_forward(x, h0[layer], c0[layer], w_hh[layer], None, self.batch_sizes, True))
+        backward: list[Any] = []
+        for n, layer in reversed(list(enumerate(layers))):
+            saved = (*forward[n][3:], c0[layer], w_hh[layer], None, self.batch_sizes)
+            backward.insert(0, reference.lstm_backward(dy, dh_n[layer], dc_n[layer], *saved)[:2])
+            dy = backward[0][0] @ w_ih[n - 1]
+        results = (*zip(*forward, strict=True), *zip(*backward, strict=True))
+        return {name: torch.cat(r, 1 if r[0].dim() == 2 else 0) for name, r in zip(ALL, results, strict=True)}
 
     def by_kernels(self, seed: int = 0, save: bool = True, **changes: int) -> dict[str, Tensor]:
-        """Everything at once, in an order drawn from `seed`."""
-        tensors = (self.gates_x, self.bias, self.h0, self.c0, self.w_ih, self.w_hh)
+        """All layers at once, in an order drawn from `seed`."""
         plan = dataclasses.replace(PLAN, **changes)
-        units = -(-self.H // plan.BLOCK_H) * plan.BLOCK_H
-        plans = [
-            dataclasses.replace(plan, KEPT=(columns - 1) // plan.BLOCK_K, AHEAD=1) for columns in (self.H, 2 * units)
-        ]
+        columns = (self.H, 2 * -(-self.H // plan.BLOCK_H) * plan.BLOCK_H)
+        plans = [dataclasses.replace(plan, KEPT=(k - 1) // plan.BLOCK_K) for k in columns]
         with scheduled(seed=seed):
-            forward = launch.stack_forward(*tensors, self.batch_sizes, save, plans[0])
-            assert forward is not None
+            forward = wavefront.stack_forward(*self.inputs, self.batch_sizes, save, plans[0])
             if not save:
                 return dict(zip(FORWARD[:3], forward, strict=False))
-            d_output = torch.full_like(forward[0], float("nan"))
-            d_output[:, -self.H :] = self.cotangents[0]
-            saved = (*forward[3:], self.c0, self.w_ih, self.w_hh)
-            backward = launch.stack_backward(d_output, *self.cotangents[1:], *saved, self.batch_sizes, plans[1])
-        assert backward is not None
-        return dict(zip((*FORWARD, "dgates", "dc0"), (*forward, *backward), strict=True))
+            output, _, _, gates, cells = forward
+            dy, *states = self.cotangents
+            d_output = torch.full_like(output, float("nan"))
+            d_output[:, -self.H :] = dy
+            saved = (gates, cells, self.inputs[3], *self.inputs[4:])
+            backward = wavefront.stack_backward(d_output, *states, *saved, self.batch_sizes, plans[1])
+        return dict(zip(ALL, (*forward, *backward), strict=True))
 
     def check(self, seed: int = 0, **changes: int) -> None:
-        results = self.by_kernels(seed, **changes)
-        assert_close(results, self.by_torch(torch.float64), self.by_torch(self.dtype), dtype=self.dtype)
+        truth, stock = self.by_reference(torch.float64), self.by_reference(self.dtype)
+        assert_close(self.by_kernels(seed, **changes), truth, stock, dtype=self.dtype)
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
 @pytest.mark.parametrize(("H", "B", "L"), [(9, 2, 2), (16, 6, 2), (24, 3, 3)], ids=lambda value: str(value))
 def test_against_float64(H, B, L, packed):
+    """Two or three programs a layer, one tile of rows or two."""
     for seed in range(2):
-        Stack(H, LENGTHS[:B], torch.float32, L, packed).check(seed)
+        Stack(H, LENGTHS[:B], L=L, packed=packed).check(seed)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_sixteen_bits(dtype):
+    Stack(16, LENGTHS[:3], dtype, packed=True).check()
+
+
+@pytest.mark.parametrize("T", [1, 2])
+def test_fewer_steps_than_a_layer_runs_ahead(T):
+    Stack(16, (T, T), L=3).check()
+
+
+@pytest.mark.parametrize("layout", [{"AHEAD": 2}, {"SPLIT": 2}, {"BLOCK_H": 16, "BLOCK_B": 2}, {"groups": 2}], ids=str)
+def test_other_layouts(layout):
+    """Among them one tile of rows, with both layers, a launch."""
+    Stack(24, LENGTHS[:5], packed=True).check(**layout)
+
+
+def test_result_depends_neither_on_interleaving_nor_on_save():
+    stack = Stack(24, LENGTHS[:3], torch.float16, packed=True)
+    first, other = stack.by_kernels(seed=1), stack.by_kernels(seed=2)
+    for name, tensor in first.items():
+        assert torch.equal(tensor, other[name]), name
+    for name, tensor in stack.by_kernels(seed=3, save=False).items():
+        assert torch.equal(tensor, first[name]), name
+
+
+@triton.jit
+def _never(counter_ptr, target, seen):
+    return target
+
+
+@triton.jit
+def _relaxed(counter_ptr, target, seen):
+    while seen < target:
+        seen = tl.atomic_add(counter_ptr, 0, sem="relaxed", scope="gpu")
+    tl.debug_barrier()
+    return seen
+
+
+@triton.jit
+def _alone(counter_ptr, target, seen):
+    while seen < target:
+        seen = tl.atomic_add(counter_ptr, 0, sem="acquire", scope="gpu")
+    return seen
+
+
+@triton.jit
+def _a_step_early(counter_ptr, target, seen):
+    return barrier.wait_unless(counter_ptr, target - 1, seen)
+
+
+@triton.jit
+def _too_many(counter_ptr, target, seen):
+    return barrier.wait_unless(counter_ptr, target + (target > 0), seen)
+
+
+# what the programs of another layer publish
+BETWEEN_LAYERS = {
+    "no wait for the other layer": {"wait_unless": _never},
+    "no acquire from the other layer": {"wait_unless": _relaxed},
+    "no block barrier after the other layer": {"wait_unless": _alone},
+    "waits for N-1 of the other layer": {"wait_unless": _a_step_early},
+}
+KERNELS = pytest.mark.parametrize("module", [forward_persistent, backward_persistent], ids=["forward", "backward"])
+
+
+def faulty(module: ModuleType, functions: dict[str, Any], packed: bool = False) -> None:
+    """Two programs in each of two layers, in four interleavings: by chance every program may be in time."""
+    stack = Stack(16, (6, 5, 4), packed=packed)
+    with replaced(module, functions):
+        for seed in range(4):
+            stack.by_kernels(seed)
+
+
+@pytest.mark.parametrize("mutant", [name for name in MUTANTS if name != "single buffer"])
+@KERNELS
+def test_every_fault_within_a_layer_is_a_race(module, mutant):
+    with pytest.raises(RaceError, match=r"(exchange|partials|counters|d_output)_ptr\["):
+        faulty(module, MUTANTS[mutant])
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+@pytest.mark.parametrize("mutant", BETWEEN_LAYERS)
+@KERNELS
+def test_every_fault_between_layers_is_a_race(module, mutant, packed):
+    with pytest.raises(RaceError, match=r"(exchange|d_output)_ptr\["):
+        faulty(module, BETWEEN_LAYERS[mutant], packed)
+
+
+def test_single_buffer_of_parts_is_a_race():
+    with pytest.raises(RaceError, match=r"partials_ptr\["):
+        faulty(backward_persistent, MUTANTS["single buffer"])
+
+
+@pytest.mark.parametrize("functions", [WAITS_FOR_TOO_MANY, {"wait_unless": _too_many}], ids=["own", "other"])
+@KERNELS
+def test_waiting_for_too_many_hangs(module, functions):
+    with pytest.raises(HangError, match="counters_ptr"):
+        faulty(module, functions)
