@@ -209,7 +209,7 @@ def lstm_forward(
     save: bool,
     recompute: bool,
     backend: str,
-    stack: bool = False,
+    stack: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Run one layer: the input GEMM x [N, I] -> [N, D*4H], then `reference.lstm_forward` says what.
 
@@ -231,7 +231,7 @@ def lstm_forward(
 
 
 @lstm_forward.register_fake
-def _(x, h0, c0, weights, batch_sizes, save, recompute, backend, stack=False):
+def _(x, h0, c0, weights, batch_sizes, save, recompute, backend, stack):
     N = x.shape[0]
     D, B, P = h0.shape
     H = c0.shape[2]

@@ -253,9 +253,8 @@ def _decide(
     override = os.environ.get("FASTLSTM_BACKEND") if backend == "auto" else None
     dtype = autocast.dtype_for(data)
     tf32 = data.is_cuda and allows_tf32()
-    dropout = network.dropout and network.training
-    stack = network.num_layers > 1 and D == 1 and not (network.proj_size or dropout or (network.recompute and training))
-    problem = (*sizes, D, dtype or data.dtype, training, runs, tf32, stack)
+    apart = bool((network.dropout and network.training) or (network.recompute and training))
+    problem = (*sizes, D, dtype or data.dtype, training, runs, tf32, apart)
     device = device_of(data.device)
     times: dispatch.Times = ()
     if backend == "auto" and override in (None, "", "auto") and device.kind != "cpu":

@@ -239,7 +239,7 @@ def every_plan(dtype: torch.dtype, target: str, tf32: bool = True) -> Iterator[t
     for H in (*range(1, _LARGEST_STREAMING + 1), 4096):
         for B, L in ((16, 1), (1024, 1), (16, 2)):
             for backward in (False, True):
-                problem = Problem(1, B, H, H, L=L, dtype=dtype, tf32=tf32, stack=L > 1)
+                problem = Problem(1, B, H, H, L=L, dtype=dtype, tf32=tf32)
                 for plan in candidates(problem, device, backward):
                     odd = plan.kernel == "persistent" and H % 2 == 1
                     found[replace(plan, groups=0), backward, odd] = H

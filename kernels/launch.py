@@ -47,13 +47,13 @@ def lstm_forward(
         RuntimeError: gates_x or w_hh do not have the sizes that c0 tells; the kernels would read past their end.
     """
     if w_hr is None:
-        return _forward(gates_x, h0, c0, w_hh, batch_sizes, save, plan)
+        return _forward(gates_x, h0, c0, w_hh, batch_sizes, save, plan=plan)
     # h = m W_hr^T, so the recurrence runs on m with W_eff = W_hh W_hr; h0 has no m and enters step 0's gates
     rows = torch.arange(gates_x.shape[0], device=gates_x.device)
     for d, gates_d in enumerate(gates_x.chunk(len(h0), 1)):
         gates_d[first_rows(rows, h0.shape[1], batch_sizes, reverse=d == 1)] += h0[d] @ w_hh[d].T
     m0 = torch.zeros_like(c0)
-    m, m_n, c_n, gates, cells = _forward(gates_x, m0, c0, torch.bmm(w_hh, w_hr), batch_sizes, save, plan)
+    m, m_n, c_n, gates, cells = _forward(gates_x, m0, c0, torch.bmm(w_hh, w_hr), batch_sizes, save, plan=plan)
     output = torch.einsum("ndh,dph->ndp", m.view(m.shape[0], *c0.shape[::2]), w_hr).flatten(1)
     return output, torch.bmm(m_n, w_hr.mT), c_n, gates, cells
 
@@ -72,12 +72,12 @@ def lstm_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run one layer's recurrence back: `reference.lstm_backward` says what it takes and returns, `plan` is as above."""
     if w_hr is None:
-        dgates, dc0 = _backward(d_output, dh_n, dc_n, gates, cells, c0, w_hh, batch_sizes, plan)
+        dgates, dc0 = _backward(d_output, dh_n, dc_n, gates, cells, c0, w_hh, batch_sizes, plan=plan)
         return dgates, dc0, d_output.new_empty(0)
     D, P, _ = w_hr.shape
     dm = torch.einsum("ndp,dph->ndh", d_output.reshape(-1, D, P), w_hr).flatten(1)
     w_eff = torch.bmm(w_hh, w_hr)
-    dgates, dc0 = _backward(dm, torch.bmm(dh_n, w_hr), dc_n, gates, cells, c0, w_eff, batch_sizes, plan)
+    dgates, dc0 = _backward(dm, torch.bmm(dh_n, w_hr), dc_n, gates, cells, c0, w_eff, batch_sizes, plan=plan)
     # h_t is used by the output, by the step after it (before it in time, for direction 1) and, at the end, by h_n
     dh = d_output.clone(memory_format=torch.contiguous_format)
     for d, (dh_d, dgates_d) in enumerate(zip(dh.chunk(D, 1), dgates.chunk(D, 1), strict=True)):
@@ -92,15 +92,16 @@ class _RefusedError(Exception):
 def laid_out_anew(run: Callable) -> Callable:
     """Decorate a pass: where the driver refuses its grid, the layout is chosen again, for fewer processors.
 
-    A persistent layout gives way to a smaller one or, in the end, to stepwise. One that was asked for is an error.
+    A persistent layout gives way to a smaller one or, in the end, to stepwise. One that was asked for is an error. The
+    layout is the last argument of the pass, and `plan` when it is called.
     """
 
     @functools.wraps(run)
-    def again(*arguments: Any) -> Any:
-        device, plan = arguments[0].device, arguments[-1]
+    def again(*arguments: Any, plan: Plan | str | None = None) -> Any:
+        device = arguments[0].device
         while True:
             try:
-                return run(*arguments)
+                return run(*arguments, plan)
             except _RefusedError as refused:
                 (most,) = refused.args
                 if isinstance(plan, Plan) or most >= device_of(device).processors:
@@ -233,7 +234,7 @@ def prepare(
     PRECISION = precision(dtype, device)
     if not isinstance(plan, Plan):
         layers, directions = (D, 1) if stack else (1, D)
-        problem = Problem(T, B, H, H, L=layers, D=directions, dtype=dtype, tf32=PRECISION == "tf32", stack=stack)
+        problem = Problem(T, B, H, H, L=layers, D=directions, dtype=dtype, tf32=PRECISION == "tf32")
         plan = choose(problem, device, backward, plan or "")
     lengths, offsets = _rows_of(batch_sizes, c0.device)
     return plan, {

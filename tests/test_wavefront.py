@@ -9,22 +9,25 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import assert_close
-from torch import Tensor
+from helpers import assert_close, run_lstm
+from torch import Tensor, nn
 from torch.nn.functional import linear
+from torch.nn.utils.rnn import pack_sequence
 
 pytest.importorskip("triton")
 
 import triton
 import triton.language as tl
 from barriers import MUTANTS, WAITS_FOR_TOO_MANY, replaced
-from recurrence import FORWARD
+from recurrence import FORWARD, H100
 from scheduler import HangError, scheduled
 from shadow_memory import RaceError
 
-from fastlstm import reference
+import fastlstm
+from fastlstm import autograd, functional, reference
 from fastlstm.dispatch import interpreting
-from fastlstm.kernels import backward_persistent, barrier, forward_persistent, wavefront
+from fastlstm.kernels import backward_persistent, forward_persistent, launch, wavefront
+from fastlstm.kernels.barrier import wait_unless
 from fastlstm.plans import Plan
 
 pytestmark = pytest.mark.skipif(not interpreting(), reason="needs TRITON_INTERPRET=1")
@@ -73,7 +76,7 @@ class Stack:
         columns = (self.H, 2 * -(-self.H // plan.BLOCK_H) * plan.BLOCK_H)
         plans = [dataclasses.replace(plan, KEPT=(k - 1) // plan.BLOCK_K) for k in columns]
         with scheduled(seed=seed):
-            forward = wavefront.stack_forward(*self.inputs, self.batch_sizes, save, plans[0])
+            forward = wavefront.stack_forward(*self.inputs, self.batch_sizes, save, plan=plans[0])
             if not save:
                 return dict(zip(FORWARD[:3], forward, strict=False))
             output, _, _, gates, cells = forward
@@ -81,7 +84,7 @@ class Stack:
             d_output = torch.full_like(output, float("nan"))
             d_output[:, -self.H :] = dy
             saved = (gates, cells, self.inputs[3], *self.inputs[4:])
-            backward = wavefront.stack_backward(d_output, *states, *saved, self.batch_sizes, plans[1])
+            backward = wavefront.stack_backward(d_output, *states, *saved, self.batch_sizes, plan=plans[1])
         return dict(zip(ALL, (*forward, *backward), strict=True))
 
     def check(self, seed: int = 0, **changes: int) -> None:
@@ -143,13 +146,18 @@ def _alone(counter_ptr, target, seen):
 
 
 @triton.jit
-def _a_step_early(counter_ptr, target, seen):
-    return barrier.wait_unless(counter_ptr, target - 1, seen)
+def _one_less(counter_ptr, target, seen):
+    return wait_unless(counter_ptr, target - 1, seen)
+
+
+@triton.jit
+def _before_the_last_arrival(counter_ptr, target, seen):
+    return wait_unless(counter_ptr, target - 2, seen)  # two programs a layer
 
 
 @triton.jit
 def _too_many(counter_ptr, target, seen):
-    return barrier.wait_unless(counter_ptr, target + (target > 0), seen)
+    return wait_unless(counter_ptr, target + (target > 0), seen)
 
 
 # what the programs of another layer publish
@@ -157,7 +165,8 @@ BETWEEN_LAYERS = {
     "no wait for the other layer": {"wait_unless": _never},
     "no acquire from the other layer": {"wait_unless": _relaxed},
     "no block barrier after the other layer": {"wait_unless": _alone},
-    "waits for N-1 of the other layer": {"wait_unless": _a_step_early},
+    "waits for N-1 of the other layer": {"wait_unless": _one_less},
+    "reads what the next arrival publishes": {"wait_unless": _before_the_last_arrival},
 }
 KERNELS = pytest.mark.parametrize("module", [forward_persistent, backward_persistent], ids=["forward", "backward"])
 
@@ -195,3 +204,121 @@ def test_single_buffer_of_parts_is_a_race():
 def test_waiting_for_too_many_hangs(module, functions):
     with pytest.raises(HangError, match="counters_ptr"):
         faulty(module, functions)
+
+
+def lstm(T: int = 4, packed: bool = False, dtype: torch.dtype = torch.float16, **options: Any) -> tuple[Any, Any, Any]:
+    """An LSTM whose layers an H100 holds all at once, if the options let it; an input and states."""
+    network = fastlstm.LSTM(5, 130, **{"num_layers": 2, "backend": "triton", **options}, dtype=dtype)
+    lengths = (T, T - 1, 1)
+    x: Any = (
+        pack_sequence([torch.randn(n, 5, dtype=dtype) for n in lengths]) if packed else torch.randn(T, 3, 5).to(dtype)
+    )
+    return network, x, tuple(torch.randn(2, 3, 130).to(dtype) for _ in range(2))
+
+
+@pytest.fixture
+def grids(monkeypatch) -> list[tuple[int, int]]:
+    """An H100 to every eye but torch's; the grids of the launches of a stack."""
+    found = []
+
+    def together(kernel, grid, **arguments):
+        found.append(grid)
+        launch.together(kernel, grid, **arguments)
+
+    for module in (functional, launch):
+        monkeypatch.setattr(module, "device_of", lambda device: H100)
+    monkeypatch.setattr(wavefront, "together", together)
+    return found
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+def test_module(packed, grids):
+    """Output, states and every gradient, in one launch each way, with the layout that an H100 gets."""
+    network, x, hx = lstm(packed=packed)
+    assert fastlstm.explain(network, x, hx).regime == "wavefront"
+    with scheduled():
+        results = run_lstm(network, x, hx)
+    assert grids == [(9, 2), (9, 2)]
+    assert results["output"].is_contiguous()
+    truth = nn.LSTM(5, 130, num_layers=2, dtype=torch.float64)
+    truth.load_state_dict(network.state_dict())
+    wide = x._replace(data=x.data.double()) if packed else x.double()
+    network.backend = "reference"
+    expected = run_lstm(truth, wide, tuple(state.double() for state in hx))
+    assert_close(results, expected, run_lstm(network, x, hx), dtype=torch.float16)
+
+
+def test_inference_and_autocast(grids):
+    network, x, hx = lstm(bias=False, dtype=torch.float32)
+    with torch.no_grad(), scheduled(), torch.autocast("cpu", torch.float16):
+        assert fastlstm.explain(network, x, hx).regime == "wavefront"
+        output, (h_n, c_n) = network(x, hx)
+    assert grids == [(9, 2)]
+    network.backend = "reference"
+    with torch.no_grad():
+        expected, (right_h, right_c) = network(x, hx)
+    for actual, right in zip((output, h_n, c_n), (expected, right_h, right_c), strict=True):
+        torch.testing.assert_close(actual.float(), right, atol=5e-3, rtol=5e-3)
+
+
+@pytest.mark.parametrize(
+    ("options", "together"),
+    [
+        ({"dropout": 0.5}, False),
+        ({"proj_size": 20}, False),
+        ({"bidirectional": True}, False),
+        ({"recompute": True}, False),
+        ({"num_layers": 1}, False),
+        ({"num_layers": 20}, False),
+        ({"num_layers": 14}, True),
+    ],
+    ids=str,
+)
+def test_when_layers_run_together(options, together, grids):
+    network, x, _ = lstm(**options)
+    assert (fastlstm.explain(network, x).regime == "wavefront") == together
+    with torch.no_grad():
+        evaluated = fastlstm.explain(network.eval(), x).regime
+    assert (evaluated == "wavefront") == (together or "dropout" in options or "recompute" in options)
+
+
+def test_derivatives_of_gradients_and_transforms():
+    """Where there is no GPU a stack runs layer by layer, and what is around it is the same."""
+    stock = nn.LSTM(3, 4, num_layers=3, dtype=torch.float32)
+    weights = autograd.directions([parameter.detach().requires_grad_() for parameter in stock.parameters()], 3)
+    x, h0, c0 = torch.randn(10, 3).requires_grad_(), torch.randn(3, 2, 4), torch.randn(3, 2, 4).requires_grad_()
+    leaves = [x, c0, *(weight for layer in weights for weight in layer if weight is not None)]
+
+    def stacked(x):
+        output, h_n, c_n = autograd.lstm_layer(x, h0, c0, weights, None, "triton", stack=True)
+        return output.sin().sum() + h_n.sum() + c_n.cos().sum()
+
+    def in_turn(x):
+        states = []
+        for n, layer in enumerate(weights):
+            part = slice(n, n + 1)
+            x, *last = autograd.lstm_layer(x, h0[part], c0[part], [layer], None, "reference")
+            states.append(last)
+        h_n, c_n = (torch.cat(parts) for parts in zip(*states, strict=True))
+        return x.sin().sum() + h_n.sum() + c_n.cos().sum()
+
+    for run in (lambda f: f(x).unsqueeze(0), lambda f: torch.autograd.grad(f(x), leaves)):
+        for actual, right in zip(run(stacked), run(in_turn), strict=True):
+            torch.testing.assert_close(actual, right, atol=1e-5, rtol=1e-5)
+    second = []
+    for f in (stacked, in_turn):
+        gradients = torch.autograd.grad(f(x), leaves, create_graph=True)
+        second.append(torch.autograd.grad(sum(g.square().sum() for g in gradients), leaves))
+    for actual, right in zip(*second, strict=True):
+        torch.testing.assert_close(actual, right, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(torch.func.grad(stacked)(x), torch.func.grad(in_turn)(x), atol=1e-5, rtol=1e-5)
+
+
+def test_the_op_of_a_stack_is_well_formed():
+    flat = [parameter.detach() for parameter in nn.LSTM(3, 4, num_layers=2).parameters()]
+    forward = (torch.randn(6, 3), torch.randn(2, 2, 4), torch.randn(2, 2, 4), flat, None, True, False, "triton", True)
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(autograd.lstm_forward, forward, test_utils=tests)
+    output, h_n, c_n, gates, cells = autograd.lstm_forward(*forward)
+    saved = (gates, cells, forward[2], torch.stack((flat[1], flat[5])), None, None, "triton", flat[4].unsqueeze(0))
+    torch.library.opcheck(autograd.lstm_backward, (output, h_n, c_n, *saved), test_utils=tests)
