@@ -7,6 +7,9 @@ The counterpart of forward_persistent.py, split the same way: a program owns BLO
 *every* unit; the parts go through L2, and each program adds up those of its own units, always in the same order, so
 that results are deterministic. One barrier a step. Gathering dgates instead would need a transposed W_hh on chip and
 4x the bytes of h through L2.
+
+With STACK all layers of a stack run in one launch (wavefront.py): dgates_t [W_hh | W_ih] gives parts of dh_{t-1} and of
+dy_t of the layer below, which the program with the same units adds up and leaves in d_output for that layer to find.
 """
 
 import triton
@@ -33,13 +36,13 @@ def store_part(ptrs, k0, part, PROGRAMS: tl.constexpr, BLOCK_H: tl.constexpr):
 
 @triton.jit(do_not_specialize=["T", "B", "D", "first"])
 def backward_persistent(
-    d_output_ptr,  # [N, D*H]
+    d_output_ptr,  # [N, D*H]; of a stack only the last layer's is given
     dh_n_ptr,  # [D, B, H]
     dc_n_ptr,  # [D, B, H]
     gates_ptr,  # [N, D*4H], activated
     cells_ptr,  # [N, D*H], float32
     c0_ptr,  # [D, B, H]
-    w_hh_ptr,  # [D, 4, UNITS, WIDTH]: W_hh, zeros beside it
+    w_hh_ptr,  # [D, 4, UNITS, WIDTH]: W_hh, zeros beside it; of a stack W_ih from column UNITS on
     dgates_ptr,  # [N, D*4H]
     dc0_ptr,  # [D, B, H]
     partials_ptr,  # [2, groups, OWNERS, PROGRAMS, BLOCK_B, BLOCK_H]
@@ -65,7 +68,7 @@ def backward_persistent(
 ):
     """One program runs BLOCK_H units of BLOCK_B rows of one direction back. Grid: (blocks of units, groups).
 
-    Groups are numbered, and UNITS and WIDTH given, as in forward_persistent.
+    Groups are numbered, and UNITS given, as in forward_persistent, and so is WIDTH, in a stack from twice UNITS.
     Columns of W_hh come in KEPT chunks of BLOCK_K, which stay on chip, and a tail: one chunk of TAIL_K that stays as
     well, or, with STREAM, as many as it takes, read each step.
     """
@@ -137,7 +140,7 @@ def backward_persistent(
         mask_t = mask & (t < lengths)[None, :]
     i, f, g, o = load_gates(gates_ptr + row * (D * 4 * H) + offs_gates, mask_t, H)
     if STACK:
-        # the last layer has none above: its dy are there
+        # dy come from the layer above, two steps ahead of their use; the last layer has none above, and never waits
         up = tl.minimum(D - 1 - part, 1)
         counter_above = counter + up * 32
         mask_below = mask & (part * H + j >= H)[:, None]  # the first layer has none below
@@ -196,7 +199,7 @@ def backward_persistent(
             tl.static_assert(PROGRAMS <= PARTS)
             parts = tl.load(own_ptrs + slot(s) * slot_size, mask=p < PROGRAMS, other=0.0, cache_modifier=".cg")
             dy_parts = tl.load(dy_below_ptrs + slot(s) * slot_size, mask=p < PROGRAMS, other=0.0, cache_modifier=".cg")
-            # of the layer above the step after next, while the parts are on their way
+            # the dy of the step after next, while the parts are on their way
             seen = wait_unless(counter_above, up * tl.minimum(s + 4, T + 1) * PROGRAMS, seen)
             mask_after = mask
             if VARLEN:
@@ -233,5 +236,5 @@ def backward_persistent(
         c = c_next
 
     if STACK:
-        arrive(counter, HIP)
+        arrive(counter, HIP)  # publishes the last dy
     tl.store(dc0_ptr + offs_state, dc.to(dtype), mask=mask)

@@ -7,6 +7,12 @@ registers. It needs all of h, and gives a part of it, each step: h goes through 
 the programs of the same batch tile and direction. This is the regime for W_hh too large for one program but not for
 the chip. Of a W_hh too large for the chip as well, KEPT chunks stay and the others are read from L2 each step.
 The wrong tool where the grid cannot be on the chip at once: the launch must be cooperative.
+
+With STACK all layers of a stack run in one launch (wavefront.py). A program then holds its rows of W_ih as well, and
+
+    gates_t = bias + below_t W_ih^T + h_{t-1} W_hh^T
+
+where below_t is the h_t of the layer below, which is a step or more ahead.
 """
 
 import triton
@@ -18,7 +24,7 @@ from .cell import activate, dot, first_row, gate_rows, split_gates, tanh
 
 @triton.jit
 def load_columns(w_ptrs, k0, SIZE: tl.constexpr, SPLIT: tl.constexpr):
-    """Columns [k0, k0 + SIZE) of a tile of rows of W_hh; [SPLIT, rows, SIZE / SPLIT] if split."""
+    """Columns [k0, k0 + SIZE) of a tile of rows of a weight; [SPLIT, rows, SIZE / SPLIT] if split."""
     w = tl.load(w_ptrs + (k0 + tl.arange(0, SIZE))[None, :])
     if SPLIT > 1:
         w = tl.permute(tl.reshape(w, (w.shape[0], SPLIT, SIZE // SPLIT)), (1, 0, 2))
@@ -29,7 +35,7 @@ def load_columns(w_ptrs, k0, SIZE: tl.constexpr, SPLIT: tl.constexpr):
 def load_rows(
     w_ptrs, CHUNKS: tl.constexpr, KEPT: tl.constexpr, BLOCK_K: tl.constexpr, TAIL_K: tl.constexpr, SPLIT: tl.constexpr
 ):
-    """All chunks that stay on the chip of a tile of rows of a weight."""
+    """A tile of rows of a weight: the chunks of its columns that stay on the chip."""
     w = ()
     for n in tl.static_range(CHUNKS):
         w = w + (load_columns(w_ptrs, n * BLOCK_K, BLOCK_K if n < KEPT else TAIL_K, SPLIT),)
@@ -51,7 +57,7 @@ def load_h(h_ptrs, k0, SIZE: tl.constexpr, SPLIT: tl.constexpr):
 def load_hidden(
     h_ptrs, CHUNKS: tl.constexpr, KEPT: tl.constexpr, BLOCK_K: tl.constexpr, TAIL_K: tl.constexpr, SPLIT: tl.constexpr
 ):
-    """All chunks of h."""
+    """All of h, in the same chunks."""
     h = ()
     for n in tl.static_range(CHUNKS):
         h = h + (load_h(h_ptrs, n * BLOCK_K, BLOCK_K if n < KEPT else TAIL_K, SPLIT),)
@@ -60,7 +66,7 @@ def load_hidden(
 
 @triton.jit
 def add_dots(parts, w, h, PRECISION: tl.constexpr):
-    """Add the products of all chunks."""
+    """Add the product of each chunk."""
     for n in tl.static_range(len(w)):
         parts += dot(w[n], h[n], PRECISION)
     return parts
@@ -68,7 +74,7 @@ def add_dots(parts, w, h, PRECISION: tl.constexpr):
 
 @triton.jit
 def place(step, STACK: tl.constexpr):
-    """Slot of what was stored in `step`; in a stack each step has its own, for the layer above comes later."""
+    """Slot of what was stored in `step`. In a stack each step has its own: the layer above may be any number behind."""
     return step if STACK else slot(step)
 
 
@@ -90,8 +96,8 @@ def fold(parts, SPLIT: tl.constexpr):
 
 @triton.jit(do_not_specialize=["T", "B", "D", "first"])
 def forward_persistent(
-    gates_x_ptr,  # [N, D*4H]
-    w_hh_ptr,  # [D, 4, UNITS, WIDTH]: W_hh, zeros beside it
+    gates_x_ptr,  # [N, D*4H]; of a stack [N, 4H], of its first layer
+    w_hh_ptr,  # [D, 4, UNITS, WIDTH]: W_hh, zeros beside it; of a stack [D, 4, UNITS, 2*WIDTH]: then W_ih likewise
     h0_ptr,  # [D, B, H]
     c0_ptr,  # [D, B, H]
     output_ptr,  # [N, D*H]
@@ -99,11 +105,11 @@ def forward_persistent(
     c_n_ptr,  # [D, B, H]
     gates_ptr,  # [N, D*4H], activated; not touched without SAVE
     cells_ptr,  # [N, D*H], float32; not touched without SAVE
-    exchange_ptr,  # [2, groups, BLOCK_B, WIDTH], zeros
+    exchange_ptr,  # [2, groups, BLOCK_B, WIDTH], zeros; of a stack [T + 1, ...]
     counters_ptr,  # [groups, 32] int32, zeros; a line each, for they are polled
     lengths_ptr,  # [B] int32, falling; not touched without VARLEN
     offsets_ptr,  # [T] int64; not touched without VARLEN
-    bias_ptr,  # [D - 1, 4H]: what the layers above the first add where that adds gates_x; not touched without STACK
+    bias_ptr,  # [D - 1, 4H], of the layers above the first; not touched without STACK
     T,
     B,
     D,
@@ -126,7 +132,8 @@ def forward_persistent(
     """One program runs BLOCK_H units of BLOCK_B rows of one direction. Grid: (blocks of units, groups).
 
     Programs of the same rows and direction are a group, number D * tile + direction of all; a launch runs those from
-    `first` on. WIDTH is H rounded up to whole chunks, UNITS to whole programs.
+    `first` on. WIDTH is H rounded up to whole chunks, UNITS to whole programs. With STACK, D counts layers and not
+    directions; W_ih of the first is zeros.
     The dot's inner dimension comes in KEPT chunks of BLOCK_K, which stay on chip, and a tail: one chunk of TAIL_K that
     stays as well, or, with STREAM, as many as it takes, read each step. AHEAD chunks of h are on their way at once.
     SPLIT > 1 deals each chunk out over SPLIT warps, for tiles too small to give every warp rows of its own.
@@ -172,7 +179,7 @@ def forward_persistent(
     counter = counters_ptr + group * 32
     if STACK:
         slot_size = slot_size.to(tl.int64)
-        # the first layer has none below and reads its own h, against zeros, when that is there anyway
+        # the first layer has none below: it reads its own last h again, against zeros, and never waits for it
         up = tl.minimum(part, 1)
         counter_below = counter - up * 32
         below_all = exchange_ptr + (group - up) * (BLOCK_B * WIDTH) + b[None, :] * WIDTH
@@ -227,7 +234,7 @@ def forward_persistent(
         if STREAM:
             h_tail = load_h(h_ptrs, TAIL, TAIL_K, SPLIT)
         if STACK:
-            # of the layer below the next step's, while this layer's own is on its way
+            # the next step's h of the layer below, while h is on its way
             step_below = tl.minimum(s + 2 * up, T)
             seen = wait_unless(counter_below, up * (step_below + 1) * programs, seen)
             below = load_hidden(below_all + step_below * slot_size, CHUNKS, KEPT, BLOCK_K, TAIL_K, SPLIT)

@@ -64,13 +64,13 @@ class Stack:
             forward.append(reference.lstm_forward(x, h0[layer], c0[layer], w_hh[layer], None, self.batch_sizes, True))
         backward: list[Any] = []
         for n, layer in reversed(list(enumerate(layers))):
-            saved = (*forward[n][3:], c0[layer], w_hh[layer], None, self.batch_sizes)
+            saved: Any = (*forward[n][3:], c0[layer], w_hh[layer], None, self.batch_sizes)
             backward.insert(0, reference.lstm_backward(dy, dh_n[layer], dc_n[layer], *saved)[:2])
             dy = backward[0][0] @ w_ih[n - 1]
         results = (*zip(*forward, strict=True), *zip(*backward, strict=True))
         return {name: torch.cat(r, 1 if r[0].dim() == 2 else 0) for name, r in zip(ALL, results, strict=True)}
 
-    def by_kernels(self, seed: int = 0, save: bool = True, **changes: int) -> dict[str, Tensor]:
+    def by_kernels(self, seed: int = 0, save: bool = True, **changes: Any) -> dict[str, Tensor]:
         """All layers at once, in an order drawn from `seed`."""
         plan = dataclasses.replace(PLAN, **changes)
         columns = (self.H, 2 * -(-self.H // plan.BLOCK_H) * plan.BLOCK_H)
@@ -87,7 +87,7 @@ class Stack:
             backward = wavefront.stack_backward(d_output, *states, *saved, self.batch_sizes, plan=plans[1])
         return dict(zip(ALL, (*forward, *backward), strict=True))
 
-    def check(self, seed: int = 0, **changes: int) -> None:
+    def check(self, seed: int = 0, **changes: Any) -> None:
         truth, stock = self.by_reference(torch.float64), self.by_reference(self.dtype)
         assert_close(self.by_kernels(seed, **changes), truth, stock, dtype=self.dtype)
 
@@ -308,7 +308,7 @@ def test_derivatives_of_gradients_and_transforms():
     second = []
     for f in (stacked, in_turn):
         gradients = torch.autograd.grad(f(x), leaves, create_graph=True)
-        second.append(torch.autograd.grad(sum(g.square().sum() for g in gradients), leaves))
+        second.append(torch.autograd.grad(torch.stack([g.square().sum() for g in gradients]).sum(), leaves))
     for actual, right in zip(*second, strict=True):
         torch.testing.assert_close(actual, right, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(torch.func.grad(stacked)(x), torch.func.grad(in_turn)(x), atol=1e-5, rtol=1e-5)
