@@ -405,7 +405,7 @@ def _run_layers(
         last_states.append(last)
         if network.dropout and network.training and first + together < L * D:
             rows = F.dropout(rows, network.dropout)
-    h_n, c_n = (torch.cat(parts) if L > together else parts[0] for parts in zip(*last_states, strict=True))
+    h_n, c_n = (torch.cat(parts) if together < L * D else parts[0] for parts in zip(*last_states, strict=True))
     if not dense:
         return rows, h_n, c_n
     output = rows.unflatten(0, time_first.shape[:2])
