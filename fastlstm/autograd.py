@@ -338,7 +338,7 @@ def _gradients(
         w_ih, _, w_hh, w_hr = by_kind(flat)
     dgates, dc0, dh = lstm_backward(*cotangents, gates, cells, c0, w_hh, w_hr, batch_sizes, backend, above)
 
-    dx = _times_weight(dgates[:, : len(w_ih)], w_ih) if needs_x else None
+    dx = _times_weight(dgates.chunk(D, 1)[0] if stack else dgates, w_ih) if needs_x else None
     dh0: list[Tensor] = []
     dflat: list[Tensor | None] = []
     for d, (dgates_d, output_d) in enumerate(zip(dgates.chunk(D, 1), output.chunk(D, 1), strict=True)):
