@@ -20,11 +20,10 @@ from torch.nn import functional as F  # noqa: N812
 
 from fastlstm import autocast, checks, dispatch, reference
 from fastlstm.problem import Problem, device_of
+from fastlstm.weights import DirectionWeights, by_kind, by_layer, spread
+from fastlstm.weights import stack as stack_tensors
 
 _WIDE_ELEMENTS = 1 << 22  # of float32 pre-activations that `lstm_gates` holds at once
-
-# w_ih [4H, I], w_hh [4H, P], b_ih [4H], b_hh [4H], w_hr [P, H] of one direction
-DirectionWeights = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
 
 
 def lstm_layer(
@@ -35,6 +34,7 @@ def lstm_layer(
     batch_sizes: Tensor | None,
     backend: str,
     recompute: bool = False,
+    stack: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run the D directions of one layer over rows (`reference.py` says how rows are laid out).
 
@@ -47,19 +47,23 @@ def lstm_layer(
         backend: "reference", "triton" (and, after a space, the name of a layout), or "auto" for the better of the two
             where and when the layer runs.
         recompute: whether backward makes the activated gates again instead of finding them saved.
+        stack: whether D counts layers of one direction, each fed by the one before, which "triton" runs all at once;
+            without projection and `recompute`.
 
     Returns:
-        output [N, D*P] (or [T, B, D*P]; never a view), h_n [D, B, P], c_n [D, B, H].
+        output [N, D*P] (or [T, B, D*P]; of a stack that of its last layer, [..., H]; never a view), h_n [D, B, P],
+        c_n [D, B, H].
     """
     flat = [weight for direction in weights for weight in direction]
     if transformed():
-        return _differentiable(x, h0, c0, flat, batch_sizes)
-    present = [weight for weight in flat if weight is not None]
-    # an exported program is for inference first: trained after all, backward makes again what was not saved
-    save = torch.is_grad_enabled() and not torch.compiler.is_exporting()
-    save = save and any(t.requires_grad for t in (x, h0, c0, *present))
-    output, h_n, c_n, _, _ = lstm_forward(x, h0, c0, present, batch_sizes, save, recompute, backend)
-    return output, h_n, c_n
+        output, h_n, c_n = _differentiable(x, h0, c0, flat, batch_sizes, stack)
+    else:
+        present = [weight for weight in flat if weight is not None]
+        # an exported program is for inference first: trained after all, backward makes again what was not saved
+        save = torch.is_grad_enabled() and not torch.compiler.is_exporting()
+        save = save and any(t.requires_grad for t in (x, h0, c0, *present))
+        output, h_n, c_n, _, _ = lstm_forward(x, h0, c0, present, batch_sizes, save, recompute, backend, stack)
+    return output[..., -h0.shape[2] :].contiguous() if stack else output, h_n, c_n
 
 
 def transformed() -> bool:
@@ -78,22 +82,30 @@ def differentiable_backward(
     inputs: tuple[Any, ...],
     needs: tuple[bool, ...],
     batch_sizes: Tensor | None,
+    stack: bool = False,
 ) -> list[Tensor | None]:
     """Differentiate the differentiable form, so that the gradients can be differentiated again."""
     # aliases: a path from one input to another outside this layer must not be counted
     aliases: list[Any] = [None if t is None else t.view_as(t) for t in inputs]
     x, h0, c0, *flat = aliases
     with autocast.off(x.device):
-        outputs = _differentiable(x, h0, c0, flat, batch_sizes)
+        outputs = _differentiable(x, h0, c0, flat, batch_sizes, stack)
     wanted = [alias for alias, needed in zip(aliases, needs, strict=True) if needed and alias is not None]
     gradients = iter(torch.autograd.grad(outputs, wanted, cotangents, create_graph=True, allow_unused=True))
     return [next(gradients) if needed else None for needed in needs]
 
 
 def _differentiable(
-    x: Tensor, h0: Tensor, c0: Tensor, flat: Sequence[Tensor | None], batch_sizes: Tensor | None
+    x: Tensor, h0: Tensor, c0: Tensor, flat: Sequence[Tensor | None], batch_sizes: Tensor | None, stack: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run the layer in plain torch ops, with nothing in place."""
+    if stack:
+        layers = []
+        for n in range(len(h0)):
+            layers.append(_differentiable(x, h0[n : n + 1], c0[n : n + 1], flat[5 * n : 5 * n + 5], batch_sizes))
+            x = layers[-1][0]
+        outputs, *states = zip(*layers, strict=True)
+        return torch.cat(outputs, -1), torch.cat(states[0]), torch.cat(states[1])
     w_ih, bias, w_hh, w_hr = by_kind(flat)
     gates_x = F.linear(_rows(x), w_ih, bias)
     output, h_n, c_n = reference.lstm_differentiable(gates_x, h0, c0, w_hh, w_hr, batch_sizes)
@@ -118,37 +130,8 @@ def _sum_of_outer(rows: Tensor, columns: Tensor) -> Tensor:
     return (columns.t() @ rows).t().contiguous()
 
 
-def directions(weights: Sequence[Any], count: int) -> list[DirectionWeights]:
-    """Return the weights of each of `count` directions of layers, in torch's flat order, with None for the missing."""
-    found: list[DirectionWeights] = []
-    for w_ih, w_hh, *rest in checks.groups(weights, count):
-        b_ih, b_hh = rest[:2] if len(rest) >= 2 else (None, None)
-        found.append((w_ih, w_hh, b_ih, b_hh, rest[-1] if len(rest) % 2 else None))
-    return found
-
-
-def spread(weights: Sequence[Any], D: int) -> list[Any]:
-    """Return the weights of one layer in a flat list, five a direction, with None for the missing."""
-    return [weight for direction in directions(weights, D) for weight in direction]
-
-
-def by_kind(flat: Sequence[Any]) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
-    """Return the directions' weights together: w_ih [D*4H, I], b_ih + b_hh [D*4H], w_hh [D, 4H, P], w_hr [D, P, H]."""
-    w_ih, w_hh, b_ih, b_hh, w_hr = (flat[kind::5] for kind in range(5))
-    bias = None if b_ih[0] is None else _cat(b_ih) + _cat(b_hh)
-    return _cat(w_ih), bias, _stack(w_hh), None if w_hr[0] is None else _stack(w_hr)
-
-
-def _cat(tensors: Sequence[Any]) -> Tensor:
-    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
-
-
-def _stack(tensors: Sequence[Any]) -> Tensor:
-    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(list(tensors))
-
-
 def _recurrence(name: str, backend: str, c0: Tensor) -> Callable[..., Any]:
-    """Return the function "lstm_forward" or "lstm_backward" that runs the recurrence on c0 [D, B, H]."""
+    """Return the function that runs a recurrence on c0 [D, B, H]: "lstm_forward", "stack_backward", ..."""
     if backend == "auto":
         D, B, H = c0.shape
         # what is saved is the same whoever runs it, so forward and backward need not choose alike
@@ -157,9 +140,10 @@ def _recurrence(name: str, backend: str, c0: Tensor) -> Callable[..., Any]:
     backend, _, layout = backend.partition(" ")
     if backend != "triton":
         return getattr(reference, name)
-    from fastlstm.kernels import launch  # imports triton, which a CPU-only install need not have
+    from fastlstm.kernels import launch, wavefront  # import triton, which a CPU-only install need not have
 
-    return functools.partial(getattr(launch, name), plan=layout or None)
+    kernels = wavefront if name.startswith("stack") else launch
+    return functools.partial(getattr(kernels, name), plan=layout or None)
 
 
 @torch.library.custom_op("fastlstm::first_step", mutates_args=())
@@ -194,25 +178,32 @@ def lstm_forward(
     save: bool,
     recompute: bool,
     backend: str,
+    stack: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Run one layer: the input GEMM x [N, I] or [T, B, I] -> [N, D*4H], then `reference.lstm_forward` says what.
 
     weights are those of each direction in torch's flat order, none of them missing or None. Of what is saved, the
-    gates are left out (of size 0) if `recompute`.
+    gates are left out (of size 0) if `recompute`. D counts the layers of a `stack`, and N*D*P their outputs.
     """
     if batch_sizes is not None:
         checks.check_rows(batch_sizes, len(x), h0.shape[1])
-    w_ih, bias, w_hh, w_hr = by_kind(spread(weights, len(h0)))
-    gates_x = F.linear(_rows(x), w_ih, bias)
-    run = _recurrence("lstm_forward", backend, c0)
-    output, h_n, c_n, gates, cells = run(gates_x, h0, c0, w_hh, w_hr, batch_sizes, save)
+    flat = spread(weights, len(h0))
+    if stack:
+        w_ih, bias, above, bias_above, w_hh = by_layer(flat)
+        run = _recurrence("stack_forward", backend, c0)
+        results = run(F.linear(_rows(x), w_ih, bias), bias_above, h0, c0, above, w_hh, batch_sizes, save)
+    else:
+        w_ih, bias, w_hh, w_hr = by_kind(flat)
+        run = _recurrence("lstm_forward", backend, c0)
+        results = run(F.linear(_rows(x), w_ih, bias), h0, c0, w_hh, w_hr, batch_sizes, save)
+    output, h_n, c_n, gates, cells = results
     # what it is of goes out of scope here, so it need not be known as a view
     output = torch.ops.aten._unsafe_view(output, (*x.shape[:-1], output.shape[1]))
     return output, h_n, c_n, gates.new_empty(0) if recompute else gates, cells
 
 
 @lstm_forward.register_fake
-def _(x, h0, c0, weights, batch_sizes, save, recompute, backend):
+def _(x, h0, c0, weights, batch_sizes, save, recompute, backend, stack):
     N = math.prod(x.shape[:-1])
     D, B, P = h0.shape
     H = c0.shape[2]
@@ -233,12 +224,12 @@ def _save_for_backward(ctx: Any, inputs: tuple, output: tuple) -> None:
     input's dtype and H cells in float32: 20H bytes in float32, 12H in float16 and bfloat16 (40H in float64, whose
     cells are float64). With `recompute` the gates are not kept: 4H bytes (8H in float64).
     """
-    x, h0, c0, weights, batch_sizes, save, recompute, backend = inputs
+    x, h0, c0, weights, batch_sizes, save, recompute, backend, stack = inputs
     output_rows, _, _, gates, cells = output
     ctx.mark_non_differentiable(gates, cells)
     ctx.set_materialize_grads(False)  # no zeros in the size of the gates
     ctx.save_for_backward(x, h0, c0, batch_sizes, output_rows, gates, cells, *weights)
-    ctx.save, ctx.recompute, ctx.backend = save, recompute, backend
+    ctx.save, ctx.recompute, ctx.backend, ctx.stack = save, recompute, backend, stack
 
 
 def _backward(ctx: Any, *cotangents: Tensor | None) -> tuple:
@@ -253,17 +244,18 @@ def _backward(ctx: Any, *cotangents: Tensor | None) -> tuple:
     needs = (needs_x, needs_h0, needs_c0, *(bool(need) for need in spread(needs_weights, len(h0))))
     arguments = ((d_output, dh_n, dc_n), (x, h0, c0, *flat), needs)
     if torch.is_grad_enabled():
-        gradients = differentiable_backward(*arguments, batch_sizes)
+        gradients = differentiable_backward(*arguments, batch_sizes, ctx.stack)
     else:
         if not ctx.save:
-            output, _, _, gates, cells = lstm_forward(x, h0, c0, weights, batch_sizes, True, False, ctx.backend)
+            again = (batch_sizes, True, False, ctx.backend, ctx.stack)
+            output, _, _, gates, cells = lstm_forward(x, h0, c0, weights, *again)
         elif ctx.recompute:
             gates = lstm_gates(x, h0, output, weights, batch_sizes)
         with autocast.off(x.device):
-            gradients = _gradients(*arguments, (output, gates, cells), batch_sizes, ctx.backend)
+            gradients = _gradients(*arguments, (output, gates, cells), batch_sizes, ctx.backend, ctx.stack)
     dx, dh0, dc0, *dflat = gradients
     dweights = [gradient for gradient, weight in zip(dflat, flat, strict=True) if weight is not None]
-    return dx, dh0, dc0, dweights, None, None, None, None
+    return dx, dh0, dc0, dweights, None, None, None, None, None
 
 
 lstm_forward.register_autograd(_backward, setup_context=_save_for_backward)
@@ -303,6 +295,7 @@ def _gradients(
     saved: tuple[Tensor, Tensor, Tensor],
     batch_sizes: Tensor | None,
     backend: str,
+    stack: bool,
 ) -> list[Tensor | None]:
     """Run the recurrence's adjoint, then one GEMM over all rows for each gradient that is needed."""
     x, h0, c0, *flat = inputs
@@ -311,20 +304,27 @@ def _gradients(
     needs_x, needs_h0, needs_c0, *needs_flat = needs
     D, B, _ = h0.shape
     H = c0.shape[2]
-    w_ih, _, w_hh, w_hr = by_kind(flat)
-    dgates, dc0, dh = lstm_backward(d_output, *cotangents[1:], gates, cells, c0, w_hh, w_hr, batch_sizes, backend)
+    above = w_hr = None
+    if stack:
+        w_ih, _, above, _, w_hh = by_layer(flat)
+    else:
+        w_ih, _, w_hh, w_hr = by_kind(flat)
+    dgates, dc0, dh = lstm_backward(
+        d_output, *cotangents[1:], gates, cells, c0, w_hh, w_hr, batch_sizes, backend, above
+    )
 
-    dx = _times_weight(dgates, w_ih).view(shape) if needs_x else None
+    dx = _times_weight(dgates.chunk(D, 1)[0] if stack else dgates, w_ih).view(shape) if needs_x else None
     dh0: list[Tensor] = []
     dflat: list[Tensor | None] = []
     for d, (dgates_d, output_d) in enumerate(zip(dgates.chunk(D, 1), output.chunk(D, 1), strict=True)):
         needs_w_ih, needs_w_hh, needs_b_ih, needs_b_hh, needs_w_hr = needs_flat[5 * d : 5 * d + 5]
-        reverse = d == 1
+        reverse = d == 1 and not stack
+        input = output[:, (d - 1) * H : d * H] if stack and d else x
         dw_ih = dw_hh = db = dw_hr = None
         if needs_h0:
             dh0.append(reference.first_rows(dgates_d, B, batch_sizes, reverse) @ w_hh[d])
         if needs_w_ih:
-            dw_ih = _sum_of_outer(dgates_d, x)
+            dw_ih = _sum_of_outer(dgates_d, input)
         if needs_w_hh:
             dw_hh = _sum_of_outer(dgates_d, reference.previous(output_d, h0[d], batch_sizes, reverse))
         if needs_b_ih or needs_b_hh:
@@ -334,7 +334,7 @@ def _gradients(
             m = o * cells[:, d * H : (d + 1) * H].tanh().to(o.dtype)
             dw_hr = _sum_of_outer(dh.chunk(D, 1)[d], m)
         dflat += [dw_ih, dw_hh, db if needs_b_ih else None, db if needs_b_hh else None, dw_hr]
-    return [dx, _stack(dh0) if needs_h0 else None, dc0 if needs_c0 else None, *dflat]
+    return [dx, stack_tensors(dh0) if needs_h0 else None, dc0 if needs_c0 else None, *dflat]
 
 
 @torch.library.custom_op("fastlstm::lstm_backward", mutates_args=())
@@ -349,8 +349,15 @@ def lstm_backward(
     w_hr: Tensor | None,
     batch_sizes: Tensor | None,
     backend: str,
+    above: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Run the adjoint of the recurrence: `reference.lstm_backward` says what it takes and returns."""
+    """Run the adjoint of the recurrence: `reference.lstm_backward` says what it takes and returns.
+
+    Of a stack, `above` is w_ih [L - 1, 4H, H] of the layers above the first.
+    """
+    if above is not None:
+        run = _recurrence("stack_backward", backend, c0)
+        return *run(d_output, dh_n, dc_n, gates, cells, c0, above, w_hh, batch_sizes), d_output.new_empty(0)
     run = _recurrence("lstm_backward", backend, c0)
     return run(d_output, dh_n, dc_n, gates, cells, c0, w_hh, w_hr, batch_sizes)
 
@@ -361,6 +368,6 @@ def _(x, h0, output, weights, batch_sizes):
 
 
 @lstm_backward.register_fake
-def _(d_output, dh_n, dc_n, gates, cells, c0, w_hh, w_hr, batch_sizes, backend):
+def _(d_output, dh_n, dc_n, gates, cells, c0, w_hh, w_hr, batch_sizes, backend, above=None):
     dh = d_output.new_empty(0 if w_hr is None else d_output.shape)
     return gates.new_empty(gates.shape), c0.new_empty(c0.shape), dh

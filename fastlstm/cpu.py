@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from fastlstm import autograd, reference
+from fastlstm.weights import DirectionWeights
 
 _LSTM = 2  # the cell's number in aten.mkldnn_rnn_layer
 _SATURATED = (-1e30, 1e30, 0.0, -1e30)
@@ -64,7 +65,7 @@ def lstm_layer(
     x: Tensor,
     h0: Tensor,
     c0: Tensor,
-    weights: Sequence[autograd.DirectionWeights],
+    weights: Sequence[DirectionWeights],
     batch_sizes: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run the D directions of one layer over rows: `autograd.lstm_layer`, by oneDNN.
@@ -100,7 +101,7 @@ def _project(
     x: Tensor,
     h0: Tensor,
     c0: Tensor,
-    weights: Sequence[autograd.DirectionWeights],
+    weights: Sequence[DirectionWeights],
     batch_sizes: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run a layer with projection as one without, on m = o tanh(c): h = m W_hr^T, so h W_hh^T = m (W_hh W_hr)^T.
@@ -115,7 +116,7 @@ def _project(
             first_rows = reference.first_rows(rows, B, batch_sizes, reverse=d == 1)
             x = torch.cat((x, x.new_zeros(len(x), P).index_add(0, first_rows, state)), 1)
 
-    plain: list[autograd.DirectionWeights] = []
+    plain: list[DirectionWeights] = []
     for d, (w_ih, w_hh, b_ih, b_hh, w_hr) in enumerate(weights):
         assert w_hr is not None
         columns = [w_hh if d == e else torch.zeros_like(w_hh) for e in range((x.shape[1] - w_ih.shape[1]) // P)]

@@ -18,7 +18,7 @@ from fastlstm import plans
 from fastlstm.problem import Device, Problem
 
 BACKENDS = ("auto", "reference", "triton", "torch")
-REGIMES = ("resident", "persistent", "streaming", "stepwise")
+REGIMES = ("resident", "persistent", "streaming", "wavefront", "stepwise")
 Times = tuple[tuple[str, float], ...]
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlstm import autograd
+from fastlstm.weights import directions
 
 _LAYER = torch.ops.fastlstm.lstm_forward.default
 _LSTM = 2  # the cell's number in aten.mkldnn_rnn_layer
@@ -71,7 +71,7 @@ def onnx_translations() -> dict[Any, Callable[..., Any]]:
         D, _, P = h0.shape
         H = c0.shape[2]
         _refuse(batch_sizes, H != P and "a projection")
-        w_ih, w_hh, b_ih, b_hh, _ = zip(*autograd.directions(weights, D), strict=True)
+        w_ih, w_hh, b_ih, b_hh, _ = zip(*directions(weights, D), strict=True)
         bias = None
         if b_ih[0] is not None:
             bias = stacked(op.Concat(gates(b), gates(r), axis=0) for b, r in zip(b_ih, b_hh, strict=True))
@@ -113,7 +113,7 @@ def _in_torch(
 
     flags = ([], _LSTM, H, 1, has_biases, False, False, False)
     results = []
-    for d, direction in enumerate(autograd.directions(weights, D)):
+    for d, direction in enumerate(directions(weights, D)):
         tensors = (x.new_empty(0) if weight is None else weight for weight in direction[:4])
         states = (h0[d : d + 1].contiguous(), c0[d : d + 1].contiguous())
         results.append(torch.ops.aten.mkldnn_rnn_layer.default(x.contiguous(), *tensors, *states, d == 1, *flags))

@@ -21,6 +21,7 @@ from torch.nn.utils.rnn import PackedSequence
 from fastlstm import autocast, autograd, checks, cpu, dispatch, stock, tuning
 from fastlstm.checks import Network, States
 from fastlstm.problem import Device, Problem, allows_tf32, device_of
+from fastlstm.weights import directions
 
 
 @dataclass
@@ -119,7 +120,8 @@ def forward(
     elif decision.backend == "torch":
         output, h_n, c_n = stock.run(network, weights, data, batch_sizes, states, decision.problem.training)
     else:
-        output, h_n, c_n = _run_layers(network, weights, data, batch_sizes, states, decision.implementation)
+        stack = decision.regime == "wavefront"
+        output, h_n, c_n = _run_layers(network, weights, data, batch_sizes, states, decision.implementation, stack)
 
     if isinstance(input, PackedSequence):
         _, batch_sizes, sorted_indices, unsorted_indices = input
@@ -228,7 +230,8 @@ def _decide(
     override = os.environ.get("FASTLSTM_BACKEND") if backend == "auto" else None
     dtype = autocast.dtype_for(data)
     tf32 = data.is_cuda and allows_tf32()
-    problem = (*sizes, D, dtype or data.dtype, training, runs, tf32)
+    apart = bool((network.dropout and network.training) or (network.recompute and training))
+    problem = (*sizes, D, dtype or data.dtype, training, runs, tf32, apart)
     device = device_of(data.device)
     times: dispatch.Times = ()
     if backend == "auto" and override in (None, "", "auto") and device.kind != "cpu":
@@ -307,13 +310,14 @@ def _run_layers(
     batch_sizes: Tensor | None,
     states: States,
     backend: str,
+    stack: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Run layer after layer over rows, or over [T, B, I], with dropout between them."""
+    """Run layer after layer over rows, or over [T, B, I], with dropout between them; or all at once as a `stack`."""
     if (dtype := autocast.dtype_for(data)) is not None:
         lowered = [autocast.cast(weight, dtype) for weight in weights], data.to(dtype)
         low_states = states[0].to(dtype), states[1].to(dtype)
         with autocast.off(data.device):
-            output, h_n, c_n = _run_layers(network, *lowered, batch_sizes, low_states, backend)
+            output, h_n, c_n = _run_layers(network, *lowered, batch_sizes, low_states, backend, stack)
         projected = network.proj_size > 0
         dtype, cell = autocast.result_dtypes(data, states[1], batch_sizes is not None, projected, dtype)
         return output.to(dtype), h_n.to(dtype), c_n.to(cell)
@@ -322,21 +326,22 @@ def _run_layers(
         checks.check_rows(batch_sizes, len(data), states[0].size(1))
     h0, c0 = states
     L, D = network.num_layers, 2 if network.bidirectional else 1
-    directions = autograd.directions(weights, L * D)
+    by_direction = directions(weights, L * D)
     dense = batch_sizes is None
     transposed = dense and network.batch_first
     rows = data.transpose(0, 1) if transposed else data
 
     last_states = []
-    for first in range(0, L * D, D):
-        layer = slice(first, first + D)
-        arguments = (rows, h0[layer], c0[layer], directions[layer])
+    together = L if stack else D
+    for first in range(0, L * D, together):
+        layer = slice(first, first + together)
+        arguments = (rows, h0[layer], c0[layer], by_direction[layer])
         if backend == "onednn":
             rows, *last = cpu.lstm_layer(*arguments, batch_sizes)
         else:
-            rows, *last = autograd.lstm_layer(*arguments, batch_sizes, backend, network.recompute)
+            rows, *last = autograd.lstm_layer(*arguments, batch_sizes, backend, network.recompute and not stack, stack)
         last_states.append(last)
-        if network.dropout and network.training and first + D < L * D:
+        if network.dropout and network.training and first + together < L * D:
             rows = F.dropout(rows, network.dropout)
-    h_n, c_n = (torch.cat(layers) if L > 1 else layers[0] for layers in zip(*last_states, strict=True))
+    h_n, c_n = (torch.cat(parts) if together < L * D else parts[0] for parts in zip(*last_states, strict=True))
     return rows.transpose(0, 1) if transposed else rows, h_n, c_n

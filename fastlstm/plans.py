@@ -20,8 +20,8 @@ class Plan:
 
     Attributes:
         regime: "resident" (W_hh stays inside one program for all T), "persistent" (W_hh stays on the chip, spread over
-            programs that meet once a step), "streaming" (the same, but a part of W_hh is read from L2 each step) or
-            "stepwise" (one launch a step).
+            programs that meet once a step), "streaming" (the same, but a part of W_hh is read from L2 each step),
+            "wavefront" (persistent, all layers of a stack at once) or "stepwise" (one launch a step).
         BLOCK_H: hidden units of one program, a power of two (resident: H rounded up).
         BLOCK_B: batch rows of one program, a power of two.
         BLOCK_K: length of one chunk of the dot's inner dimension (resident: BLOCK_H).
@@ -32,8 +32,8 @@ class Plan:
         KEPT: chunks of BLOCK_K columns of W_hh that stay on the chip.
         AHEAD: chunks of h on their way at once (forward).
         SPLIT: warps among which each chunk is dealt out (forward).
-        groups: groups of programs (a tile of rows of one direction) that the device holds at once; the others follow
-            in further launches. 0 for no bound.
+        groups: groups of programs (a tile of rows of one direction, or of one layer) that the device holds at once;
+            the others follow in further launches. 0 for no bound.
     """
 
     regime: str
@@ -55,8 +55,8 @@ class Plan:
 
     @property
     def kernel(self) -> str:
-        """The kernels that run it: those of "persistent" run "streaming", too."""
-        return "persistent" if self.regime == "streaming" else self.regime
+        """The kernels that run it: those of "persistent" run "streaming" and "wavefront", too."""
+        return "persistent" if self.regime in ("streaming", "wavefront") else self.regime
 
 
 # targets that compile like another, and so have its plans
@@ -85,7 +85,7 @@ _BACKWARD_WARPS_RDNA = {16: 4, 32: 16}
 
 
 def choose(problem: Problem, device: Device, backward: bool = False, layout: str = "") -> Plan:
-    """Lay out the Triton kernels of one layer: the first of `candidates`.
+    """Lay out the Triton kernels of one layer, or of all: the first of `candidates`.
 
     `layout` names another, which has won in trials; where it is no candidate, as it need not be for every B or both
     passes, the first of its regime is taken, or else the first.
@@ -103,8 +103,8 @@ def choose(problem: Problem, device: Device, backward: bool = False, layout: str
 def candidates(problem: Problem, device: Device, backward: bool = False) -> list[Plan]:
     """Return every plan worth a trial for one layer, the best guess first; never empty.
 
-    T does not matter, and B only to the nearest tile. A target that is not in `SHARED_MEMORY` gets plans that need
-    little.
+    Before them comes a plan for all layers at once, where they may run together and it should pay. T does not matter,
+    and B only to the nearest tile. A target that is not in `SHARED_MEMORY` gets plans that need little.
 
     Example:
         >>> H100 = Device("cuda", "sm_90", processors=132)
@@ -136,6 +136,10 @@ def candidates(problem: Problem, device: Device, backward: bool = False) -> list
             found.append((launches * cost, plan))
     found.sort(key=lambda entry: entry[0])
     plans = [plan for _, plan in found]
+    if problem.stack and found and (plan := _persistent(problem, device, backward, 16, problem.L)):
+        launches = -(-problem.L * -(-problem.B // 16) // plan.groups)
+        if launches * 1.4 < problem.L * found[0][0]:  # about what a step of two weights costs
+            plans.insert(0, plan)
     # a guess: with so many launches in turn, one large GEMM a step is no slower
     return [*plans, stepwise] if found and found[0][0] <= 8 else [stepwise, *plans]
 
@@ -170,16 +174,20 @@ _LARGEST_STREAMING = 2048
 PERSISTENT_REGISTERS = 255
 
 
-def _persistent(problem: Problem, device: Device, backward: bool, BLOCK_B: int) -> Plan | None:
-    """Return a plan for tiles of BLOCK_B rows whose programs meet once a step, each alone on its processor, or None."""
+def _persistent(problem: Problem, device: Device, backward: bool, BLOCK_B: int, layers: int = 1) -> Plan | None:
+    """Return a plan for tiles of BLOCK_B rows whose programs meet once a step, each alone on its processor, or None.
+
+    With several `layers` it is one for all of them at once.
+    """
     itemsize, H, target = problem.dtype.itemsize, problem.H, device.target
     if itemsize == 4 and device.kind == "cuda" and not problem.tf32:
         return None  # no matrix unit of NVIDIA's multiplies float32, and W_hh spills as an operand of plain FMAs
     largest = _LARGEST_PERSISTENT.get(target, {}).get(itemsize, (0, 0))[BLOCK_B > 16]
+    held = 2 * H if layers > 1 else H  # columns: in a stack W_ih stands beside W_hh
     shared = SHARED_MEMORY.get(target, 0) // 1024
-    BLOCK_H = 8 if itemsize == 4 and device.kind == "cuda" and (shared < 128 or H > 512) and largest >= H else 16
-    groups = device.processors // -(-H // BLOCK_H)
-    if not groups or not largest or H > _LARGEST_STREAMING:
+    BLOCK_H = 8 if itemsize == 4 and device.kind == "cuda" and (shared < 128 or held > 512) and largest >= held else 16
+    groups = device.processors // -(-H // BLOCK_H) // layers * layers
+    if not groups or not largest or H > _LARGEST_STREAMING or (layers > 1 and largest < held):
         return None
     if largest < H:
         # wide tiles leave no registers for the addresses of rows of gates that are not aligned
@@ -189,10 +197,13 @@ def _persistent(problem: Problem, device: Device, backward: bool, BLOCK_B: int) 
         BLOCK_K, KEPT, TAIL_K = _STREAMING[shared, itemsize, BLOCK_B][backward]
         KEPT = min(KEPT, (H - 1) // BLOCK_K)
         return Plan("streaming", BLOCK_H, BLOCK_B, BLOCK_K, 8, 1, TAIL_K, KEPT, 1, 1 if backward else 8, groups)
-    (BLOCK_K, TAIL_K), SPLIT, ahead, num_warps = _persistent_layout(H, BLOCK_B > 16, itemsize, target, backward)
-    KEPT = -(-(H - TAIL_K) // BLOCK_K)
+    # forward they meet each its own h, in chunks of their own; backward both the same dgates
+    columns = 2 * -(-H // BLOCK_H) * BLOCK_H if layers > 1 and backward else H
+    (BLOCK_K, TAIL_K), SPLIT, ahead, num_warps = _persistent_layout(columns, BLOCK_B > 16, itemsize, target, backward)
+    KEPT = -(-(columns - TAIL_K) // BLOCK_K)
     AHEAD = min(ahead, KEPT + 1)
-    return Plan("persistent", BLOCK_H, BLOCK_B, BLOCK_K, num_warps, 1, TAIL_K, KEPT, AHEAD, SPLIT, groups)
+    regime = "wavefront" if layers > 1 else "persistent"
+    return Plan(regime, BLOCK_H, BLOCK_B, BLOCK_K, num_warps, 1, TAIL_K, KEPT, AHEAD, SPLIT, groups)
 
 
 def _persistent_layout(
@@ -247,9 +258,10 @@ def every_plan(dtype: torch.dtype, target: str, tf32: bool = True) -> Iterator[t
     device = Device(kind, target, processors=1024)
     found = {}
     for H in (*range(1, _LARGEST_STREAMING + 1), 4096):
-        for B in (16, 1024):
+        for B, L in ((16, 1), (1024, 1), (16, 2)):
             for backward in (False, True):
-                for plan in candidates(Problem(1, B, H, H, dtype=dtype, tf32=tf32), device, backward):
+                problem = Problem(1, B, H, H, L=L, dtype=dtype, tf32=tf32)
+                for plan in candidates(problem, device, backward):
                     odd = plan.kernel == "persistent" and H % 2 == 1
                     found[replace(plan, groups=0), backward, odd] = H
     yield from ((H, backward, plan) for (plan, backward, _), H in found.items())

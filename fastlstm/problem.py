@@ -26,6 +26,7 @@ class Problem:
         training: whether a backward pass will follow (some input requires grad and grad mode is on).
         runs: 0 for a dense batch; for a packed one the number of runs of steps with equal batch size.
         tf32: whether float32 dots on a GPU may round their operands to TF32.
+        apart: whether its layers must run one after the other: there is dropout between them, or gates to recompute.
     """
 
     T: int
@@ -39,6 +40,12 @@ class Problem:
     training: bool = False
     runs: int = 0
     tf32: bool = True
+    apart: bool = False
+
+    @property
+    def stack(self) -> bool:
+        """Whether its layers can run together, each a few steps behind the one below it."""
+        return self.L > 1 and self.D == 1 and not self.P and not self.apart
 
 
 @dataclass(frozen=True)

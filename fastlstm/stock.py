@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from fastlstm import autograd, checks
+from fastlstm import checks
 from fastlstm.checks import Network, States
+from fastlstm.weights import directions
 
 # torch._VF looks an op up on every call
 lstm_cell: Any = torch._VF.lstm_cell  # pyright: ignore[reportAttributeAccessIssue]
@@ -46,7 +47,7 @@ def run_step(network: Network, weights: list[Tensor], data: Tensor, states: Stat
     D = 2 if network.bidirectional else 1
     rows = data.flatten(0, -2)
     stepped: list[States] = []
-    for k, (w_ih, w_hh, b_ih, b_hh, _) in enumerate(autograd.directions(weights, network.num_layers * D)):
+    for k, (w_ih, w_hh, b_ih, b_hh, _) in enumerate(directions(weights, network.num_layers * D)):
         stepped.append(lstm_cell(rows, (h0[k], c0[k]), w_ih, w_hh, b_ih, b_hh))
         if (k + 1) % D == 0:
             rows = torch.cat([h for h, _ in stepped[-D:]], 1)

@@ -214,7 +214,8 @@ def key(problem: Problem, device: Device) -> str:
     layout = "packed" if p.runs else "dense"
     dtype = str(p.dtype).removeprefix("torch.") + (" tf32" if p.dtype == torch.float32 and p.tf32 else "")
     card = f"{device.name} {device.target} {device.processors} processors"
-    return f"{card}; {_versions()}; {dtype} {passes} {layout} {steps} {rows} I={p.I} H={p.H} P={p.P} L={p.L} D={p.D}"
+    sizes = f"I={p.I} H={p.H} P={p.P} L={p.L} D={p.D}" + (" apart" if p.apart else "")
+    return f"{card}; {_versions()}; {dtype} {passes} {layout} {steps} {rows} {sizes}"
 
 
 @functools.cache

@@ -7,12 +7,15 @@ The counterpart of forward_persistent.py, split the same way: a program owns BLO
 *every* unit; the parts go through L2, and each program adds up those of its own units, always in the same order, so
 that results are deterministic. One barrier a step. Gathering dgates instead would need a transposed W_hh on chip and
 4x the bytes of h through L2.
+
+With STACK all layers of a stack run in one launch (wavefront.py): dgates_t [W_hh | W_ih] gives parts of dh_{t-1} and of
+dy_t of the layer below, which the program with the same units adds up and leaves in d_output for that layer to find.
 """
 
 import triton
 import triton.language as tl
 
-from .barrier import arrive, slot, wait
+from .barrier import arrive, slot, wait, wait_unless
 from .cell import cell_backward, dot, first_row, gate_rows, join_gates, load_gates, store_gates
 
 
@@ -31,15 +34,35 @@ def store_part(ptrs, k0, part, PROGRAMS: tl.constexpr, BLOCK_H: tl.constexpr):
     tl.store(ptrs + offs, part.to(ptrs.dtype.element_ty))
 
 
+@triton.jit
+def load_parts(ptrs, p, PROGRAMS: tl.constexpr, PARTS: tl.constexpr, PART: tl.constexpr):
+    """The parts of all programs, [PARTS, BLOCK_B, BLOCK_H] a tile, all on their way before the first is needed."""
+    parts = ()
+    for p0 in tl.static_range(0, PROGRAMS, PARTS):
+        # L1 would only be polluted: a part is read once; that it is fresh is the barrier's work
+        tile = tl.load(ptrs + p0 * PART, mask=p0 + p < PROGRAMS, other=0.0, cache_modifier=".cg")
+        parts = parts + (tile,)
+    return parts
+
+
+@triton.jit
+def add_parts(parts):
+    """The sum of the parts, [BLOCK_H, BLOCK_B]: whole tiles first, so that each thread adds up its own elements."""
+    total = parts[0].to(tl.float32)
+    for n in tl.static_range(1, len(parts)):
+        total += parts[n].to(tl.float32)
+    return tl.trans(tl.sum(total, 0))
+
+
 @triton.jit(do_not_specialize=["T", "B", "D", "first"])
 def backward_persistent(
-    d_output_ptr,  # [N, D*H]
+    d_output_ptr,  # [N, D*H]; of a stack only the last layer's is given
     dh_n_ptr,  # [D, B, H]
     dc_n_ptr,  # [D, B, H]
     gates_ptr,  # [N, D*4H], activated
     cells_ptr,  # [N, D*H], float32
     c0_ptr,  # [D, B, H]
-    w_hh_ptr,  # [D, 4, UNITS, WIDTH]: W_hh, zeros beside it
+    w_hh_ptr,  # [D, 4, UNITS, WIDTH]: W_hh, zeros beside it; of a stack W_ih from column UNITS on
     dgates_ptr,  # [N, D*4H]
     dc0_ptr,  # [D, B, H]
     partials_ptr,  # [2, groups, OWNERS, PROGRAMS, BLOCK_B, BLOCK_H]
@@ -60,24 +83,27 @@ def backward_persistent(
     KEPT: tl.constexpr,
     STREAM: tl.constexpr,
     THREADS: tl.constexpr,
+    STACK: tl.constexpr,
     HIP: tl.constexpr,
 ):
     """One program runs BLOCK_H units of BLOCK_B rows of one direction back. Grid: (blocks of units, groups).
 
-    Groups are numbered, and UNITS and WIDTH given, as in forward_persistent.
+    Groups are numbered, and UNITS given, as in forward_persistent, and so is WIDTH, in a stack from twice UNITS.
     Columns of W_hh come in KEPT chunks of BLOCK_K, which stay on chip, and a tail: one chunk of TAIL_K that stays as
     well, or, with STREAM, as many as it takes, read each step.
     """
     tl.static_assert(BLOCK_K % BLOCK_H == 0 and TAIL_K % BLOCK_H == 0)
     pid_h = tl.program_id(0)
     group = tl.program_id(1)
-    direction = (first + group) % D
+    part = (first + group) % D  # direction, or layer of a stack
+    direction = 0 if STACK else part
     b0 = ((first + group) // D * BLOCK_B).to(tl.int64)
     PROGRAMS: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
     UNITS: tl.constexpr = PROGRAMS * BLOCK_H
     TAIL: tl.constexpr = KEPT * BLOCK_K  # its first column
-    WIDTH: tl.constexpr = TAIL + (H - TAIL + TAIL_K - 1) // TAIL_K * TAIL_K
-    tl.static_assert(TAIL < H and (STREAM or WIDTH == TAIL + TAIL_K))
+    COLUMNS: tl.constexpr = 2 * UNITS if STACK else H
+    WIDTH: tl.constexpr = TAIL + (COLUMNS - TAIL + TAIL_K - 1) // TAIL_K * TAIL_K
+    tl.static_assert(TAIL < COLUMNS and (STREAM or WIDTH == TAIL + TAIL_K))
     CHUNKS: tl.constexpr = KEPT if STREAM else KEPT + 1
     OWNERS: tl.constexpr = WIDTH // BLOCK_H
     PART: tl.constexpr = BLOCK_B * BLOCK_H
@@ -93,9 +119,9 @@ def backward_persistent(
     mask = (j < H)[:, None] & mask_b[None, :]
 
     # offsets of this tile: in a state [D, B, H], in a row of h or c [D*H], in a row of gates [D*4H]
-    offs_state = (direction * B + b0) * H + j[:, None] + b[None, :] * H
-    offs_h = direction * H + j[:, None] + b[None, :] * (D * H)
-    offs_gates = direction * 4 * H + j[:, None] + b[None, :] * (D * 4 * H)
+    offs_state = (part * B + b0) * H + j[:, None] + b[None, :] * H
+    offs_h = part * H + j[:, None] + b[None, :] * (D * H)
+    offs_gates = part * 4 * H + j[:, None] + b[None, :] * (D * 4 * H)
 
     # parts of dh change hands at partials[slot, group, owner, program]
     slot_size = tl.num_programs(1) * (OWNERS * PROGRAMS * PART)
@@ -108,7 +134,7 @@ def backward_persistent(
     # the sum stays inside it, and its result lies as gates, c and dy do
     own_ptrs = tl.max_contiguous(own_ptrs, (1, 1, max(1, PART // THREADS)))
 
-    w_ptrs = w_hh_ptr + direction.to(tl.int64) * (4 * UNITS * WIDTH) + ((gate * UNITS + unit) * WIDTH)[None, :]
+    w_ptrs = w_hh_ptr + part.to(tl.int64) * (4 * UNITS * WIDTH) + ((gate * UNITS + unit) * WIDTH)[None, :]
     w_t = ()
     for n in tl.static_range(CHUNKS):
         w_t = w_t + (load_rows_t(w_ptrs, n * BLOCK_K, BLOCK_K if n < KEPT else TAIL_K),)
@@ -133,6 +159,18 @@ def backward_persistent(
     if VARLEN:
         mask_t = mask & (t < lengths)[None, :]
     i, f, g, o = load_gates(gates_ptr + row * (D * 4 * H) + offs_gates, mask_t, H)
+    if STACK:
+        # dy come from the layer above, two steps ahead of their use; the last layer has none above, and never waits
+        up = tl.minimum(D - 1 - part, 1)
+        counter_above = counter + up * 32
+        mask_below = mask & (part * H + j >= H)[:, None]  # the first layer has none below
+        dy_below_ptrs = own_ptrs + PROGRAMS * PROGRAMS * PART
+        seen = up * tl.minimum(3, T + 1) * PROGRAMS
+        wait(counter_above, seen)
+        mask_next = mask
+        if VARLEN:
+            mask_next = mask & (t_next < lengths)[None, :]
+        dy_next = tl.load(d_output_ptr + row_next * (D * H) + offs_h, mask=mask_next, other=0.0, cache_modifier=".cg")
     dy = tl.load(d_output_ptr + row * (D * H) + offs_h, mask=mask_t, other=0.0)
     c = tl.load(cells_ptr + row * (D * H) + offs_h, mask=mask_t, other=0.0)
 
@@ -144,7 +182,8 @@ def backward_persistent(
         if VARLEN:
             mask_next = mask & (t_next < lengths)[None, :]
         i_next, f_next, g_next, o_next = load_gates(gates_ptr + row_next * (D * 4 * H) + offs_gates, mask_next, H)
-        dy_next = tl.load(d_output_ptr + row_next * (D * H) + offs_h, mask=mask_next, other=0.0)
+        if not STACK:
+            dy_next = tl.load(d_output_ptr + row_next * (D * H) + offs_h, mask=mask_next, other=0.0)
         c_next = tl.load(cells_ptr + row_next * (D * H) + offs_h, mask=mask_next, other=0.0)
 
         # the cell before a row's first step is c0
@@ -175,16 +214,19 @@ def backward_persistent(
         store_gates(dgates_ptr + row * (D * 4 * H) + offs_gates, di, df, dg, do, mask_t, H)
 
         wait(counter, (s + 1) * PROGRAMS)
-        # L1 would only be polluted: a part is read once; that it is fresh is the barrier's work
-        # all on their way before the first is added; a sum of whole tiles, so that each thread adds up its own elements
-        parts = ()
-        for p0 in tl.static_range(0, PROGRAMS, PARTS):
-            ptrs = own_ptrs + slot(s) * slot_size + p0 * PART
-            parts = parts + (tl.load(ptrs, mask=p0 + p < PROGRAMS, other=0.0, cache_modifier=".cg"),)
-        total = parts[0].to(tl.float32)
-        for n in tl.static_range(1, len(parts)):
-            total += parts[n].to(tl.float32)
-        dh_new = tl.trans(tl.sum(total, 0))
+        parts = load_parts(own_ptrs + slot(s) * slot_size, p, PROGRAMS, PARTS, PART)
+        if STACK:
+            dy_parts = load_parts(dy_below_ptrs + slot(s) * slot_size, p, PROGRAMS, PARTS, PART)
+            # the dy of the step after next, while the parts are on their way
+            seen = wait_unless(counter_above, up * tl.minimum(s + 4, T + 1) * PROGRAMS, seen)
+            mask_after = mask
+            if VARLEN:
+                mask_after = mask & (t_after < lengths)[None, :]
+            dy_ptrs = d_output_ptr + row_after * (D * H) + offs_h
+            dy_after = tl.load(dy_ptrs, mask=mask_after, other=0.0, cache_modifier=".cg")
+            dy_below = add_parts(dy_parts)
+            tl.store(d_output_ptr + row * (D * H) + offs_h - H, dy_below.to(dtype), mask=mask_t & mask_below)
+        dh_new = add_parts(parts)
         if VARLEN:
             active = (t < lengths)[None, :]
             dh = tl.where(active, dh_new, dh)  # dy is 0 where a row is not active
@@ -199,6 +241,10 @@ def backward_persistent(
         mask_t = mask_next
         i, f, g, o = i_next, f_next, g_next, o_next
         dy = dy_next
+        if STACK:
+            dy_next = dy_after
         c = c_next
 
+    if STACK:
+        arrive(counter, HIP)  # publishes the last dy
     tl.store(dc0_ptr + offs_state, dc.to(dtype), mask=mask)

@@ -13,8 +13,9 @@ What a caller owes:
 - every program of a group arrives equally often, and all of them are on the chip at once: a cooperative launch, else
   `wait` may never return;
 - one int32 for each group, zero at first, in a workspace of this launch alone; arrivals stay below 2^31;
-- what is exchanged goes through two buffers in turn, `slot(s)`. A fast program may write step s + 1 while a slow one
-  still reads step s, but not step s + 2: for that it would have to get past the slow one's arrival.
+- what is exchanged goes through two buffers in turn, `slot(s)`, or through one for each step. A fast program may write
+  step s + 1 while a slow one still reads step s, but not step s + 2: for that it would have to get past the slow one's
+  arrival.
 
 tests/scheduler.py checks the order that this gives under every interleaving tried, tests/test_barrier.py the fences in
 the compiled code.
@@ -53,6 +54,18 @@ def wait(counter_ptr, target):
     # one thread polls for all: the block barrier puts its acquire before the others' loads (on RDNA it is also what
     # empties the L0 caches that those go through)
     tl.debug_barrier()
+
+
+@triton.jit
+def wait_unless(counter_ptr, target, seen):
+    """`wait`, unless `target` arrivals have been seen; return how many have now, for the next time.
+
+    For the counter of programs that may be several steps ahead: whoever waits for them need not ask every step.
+    """
+    while seen < target:
+        seen = tl.atomic_add(counter_ptr, 0, sem="acquire", scope="gpu")
+    tl.debug_barrier()
+    return seen
 
 
 @triton.jit

@@ -7,21 +7,38 @@ registers. It needs all of h, and gives a part of it, each step: h goes through 
 the programs of the same batch tile and direction. This is the regime for W_hh too large for one program but not for
 the chip. Of a W_hh too large for the chip as well, KEPT chunks stay and the others are read from L2 each step.
 The wrong tool where the grid cannot be on the chip at once: the launch must be cooperative.
+
+With STACK all layers of a stack run in one launch (wavefront.py). A program then holds its rows of W_ih as well, and
+
+    gates_t = bias + below_t W_ih^T + h_{t-1} W_hh^T
+
+where below_t is the h_t of the layer below, which is a step or more ahead.
 """
 
 import triton
 import triton.language as tl
 
-from .barrier import arrive, slot, wait
+from .barrier import arrive, slot, wait, wait_unless
 from .cell import activate, dot, first_row, gate_rows, split_gates, tanh
 
 
 @triton.jit
-def load_rows(w_ptrs, k0, SIZE: tl.constexpr, SPLIT: tl.constexpr):
-    """Columns [k0, k0 + SIZE) of a tile of rows of W_hh; [SPLIT, rows, SIZE / SPLIT] if split."""
+def load_columns(w_ptrs, k0, SIZE: tl.constexpr, SPLIT: tl.constexpr):
+    """Columns [k0, k0 + SIZE) of a tile of rows of a weight; [SPLIT, rows, SIZE / SPLIT] if split."""
     w = tl.load(w_ptrs + (k0 + tl.arange(0, SIZE))[None, :])
     if SPLIT > 1:
         w = tl.permute(tl.reshape(w, (w.shape[0], SPLIT, SIZE // SPLIT)), (1, 0, 2))
+    return w
+
+
+@triton.jit
+def load_rows(
+    w_ptrs, CHUNKS: tl.constexpr, KEPT: tl.constexpr, BLOCK_K: tl.constexpr, TAIL_K: tl.constexpr, SPLIT: tl.constexpr
+):
+    """A tile of rows of a weight: the chunks of its columns that stay on the chip."""
+    w = ()
+    for n in tl.static_range(CHUNKS):
+        w = w + (load_columns(w_ptrs, n * BLOCK_K, BLOCK_K if n < KEPT else TAIL_K, SPLIT),)
     return w
 
 
@@ -34,6 +51,31 @@ def load_h(h_ptrs, k0, SIZE: tl.constexpr, SPLIT: tl.constexpr):
     if SPLIT > 1:
         h = tl.reshape(h, (SPLIT, SIZE // SPLIT, h.shape[1]))
     return h
+
+
+@triton.jit
+def load_hidden(
+    h_ptrs, CHUNKS: tl.constexpr, KEPT: tl.constexpr, BLOCK_K: tl.constexpr, TAIL_K: tl.constexpr, SPLIT: tl.constexpr
+):
+    """All of h, in the same chunks."""
+    h = ()
+    for n in tl.static_range(CHUNKS):
+        h = h + (load_h(h_ptrs, n * BLOCK_K, BLOCK_K if n < KEPT else TAIL_K, SPLIT),)
+    return h
+
+
+@triton.jit
+def add_dots(parts, w, h, PRECISION: tl.constexpr):
+    """Add the product of each chunk."""
+    for n in tl.static_range(len(w)):
+        parts += dot(w[n], h[n], PRECISION)
+    return parts
+
+
+@triton.jit
+def place(step, STACK: tl.constexpr):
+    """Slot of what was stored in `step`. In a stack each step has its own: the layer above may be any number behind."""
+    return step if STACK else slot(step)
 
 
 @triton.jit
@@ -54,8 +96,8 @@ def fold(parts, SPLIT: tl.constexpr):
 
 @triton.jit(do_not_specialize=["T", "B", "D", "first"])
 def forward_persistent(
-    gates_x_ptr,  # [N, D*4H]
-    w_hh_ptr,  # [D, 4, UNITS, WIDTH]: W_hh, zeros beside it
+    gates_x_ptr,  # [N, D*4H]; of a stack [N, 4H], of its first layer
+    w_hh_ptr,  # [D, 4, UNITS, WIDTH]: W_hh, zeros beside it; of a stack [D, 4, UNITS, 2*WIDTH]: then W_ih likewise
     h0_ptr,  # [D, B, H]
     c0_ptr,  # [D, B, H]
     output_ptr,  # [N, D*H]
@@ -63,10 +105,11 @@ def forward_persistent(
     c_n_ptr,  # [D, B, H]
     gates_ptr,  # [N, D*4H], activated; not touched without SAVE
     cells_ptr,  # [N, D*H], float32; not touched without SAVE
-    exchange_ptr,  # [2, groups, BLOCK_B, WIDTH], zeros
+    exchange_ptr,  # [2, groups, BLOCK_B, WIDTH], zeros; of a stack [T + 1, ...]
     counters_ptr,  # [groups, 32] int32, zeros; a line each, for they are polled
     lengths_ptr,  # [B] int32, falling; not touched without VARLEN
     offsets_ptr,  # [T] int64; not touched without VARLEN
+    bias_ptr,  # [D - 1, 4H], of the layers above the first; not touched without STACK
     T,
     B,
     D,
@@ -83,12 +126,14 @@ def forward_persistent(
     STREAM: tl.constexpr,
     AHEAD: tl.constexpr,
     SPLIT: tl.constexpr,
+    STACK: tl.constexpr,
     HIP: tl.constexpr,
 ):
     """One program runs BLOCK_H units of BLOCK_B rows of one direction. Grid: (blocks of units, groups).
 
     Programs of the same rows and direction are a group, number D * tile + direction of all; a launch runs those from
-    `first` on. WIDTH is H rounded up to whole chunks, UNITS to whole programs.
+    `first` on. WIDTH is H rounded up to whole chunks, UNITS to whole programs. With STACK, D counts layers and not
+    directions; W_ih of the first is zeros.
     The dot's inner dimension comes in KEPT chunks of BLOCK_K, which stay on chip, and a tail: one chunk of TAIL_K that
     stays as well, or, with STREAM, as many as it takes, read each step. AHEAD chunks of h are on their way at once.
     SPLIT > 1 deals each chunk out over SPLIT warps, for tiles too small to give every warp rows of its own.
@@ -97,7 +142,8 @@ def forward_persistent(
     pid_h = tl.program_id(0)
     group = tl.program_id(1)
     programs = tl.num_programs(0)
-    direction = (first + group) % D
+    part = (first + group) % D  # direction, or layer of a stack
+    direction = 0 if STACK else part
     b0 = ((first + group) // D * BLOCK_B).to(tl.int64)
     UNITS: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H * BLOCK_H
     TAIL: tl.constexpr = KEPT * BLOCK_K  # its first column
@@ -116,22 +162,38 @@ def forward_persistent(
     mask_gates = (unit < H)[:, None] & mask_b[None, :]
 
     # offsets of this tile: in a state [D, B, H], in a row of h or c [D*H], in a row of gates [D*4H]
-    offs_state = (direction * B + b0) * H + j[:, None] + b[None, :] * H
-    offs_h = direction * H + j[:, None] + b[None, :] * (D * H)
-    offs_gates = direction * 4 * H + (gate * H + unit)[:, None] + b[None, :] * (D * 4 * H)
+    offs_state = (part * B + b0) * H + j[:, None] + b[None, :] * H
+    offs_h = part * H + j[:, None] + b[None, :] * (D * H)
+    offs_gates = part * 4 * H + (gate * H + unit)[:, None] + b[None, :] * (D * 4 * H)
+    x_ptr = gates_x_ptr
+    stride_x = D * 4 * H
+    offs_x = offs_gates
+    if STACK:
+        # the first layer adds gates_x, the others the same bias in every row
+        x_ptr = tl.where(part > 0, bias_ptr, gates_x_ptr)
+        stride_x = tl.where(part > 0, 0, 4 * H)
+        offs_x = tl.maximum(part - 1, 0) * 4 * H + (gate * H + unit)[:, None] + b[None, :] * stride_x
 
     # h changes hands at exchange[slot, group]
     slot_size = tl.num_programs(1) * (BLOCK_B * WIDTH)
     counter = counters_ptr + group * 32
+    if STACK:
+        slot_size = slot_size.to(tl.int64)
+        # the first layer has none below: it reads its own last h again, against zeros, and never waits for it
+        up = tl.minimum(part, 1)
+        counter_below = counter - up * 32
+        below_all = exchange_ptr + (group - up) * (BLOCK_B * WIDTH) + b[None, :] * WIDTH
     h_all = exchange_ptr + group * (BLOCK_B * WIDTH) + b[None, :] * WIDTH
     h_own = exchange_ptr + group * (BLOCK_B * WIDTH) + j[:, None] + b[None, :] * WIDTH
 
-    w_ptrs = w_hh_ptr + direction.to(tl.int64) * (4 * UNITS * WIDTH) + ((gate * UNITS + unit) * WIDTH)[:, None]
-    w = ()
-    for n in tl.static_range(CHUNKS):
-        w = w + (load_rows(w_ptrs, n * BLOCK_K, BLOCK_K if n < KEPT else TAIL_K, SPLIT),)
+    PITCH: tl.constexpr = 2 * WIDTH if STACK else WIDTH
+    w_ptrs = w_hh_ptr + part.to(tl.int64) * (4 * UNITS * PITCH) + ((gate * UNITS + unit) * PITCH)[:, None]
+    w = load_rows(w_ptrs, CHUNKS, KEPT, BLOCK_K, TAIL_K, SPLIT)
     if STREAM:
-        w_tail = load_rows(w_ptrs, TAIL, TAIL_K, SPLIT)
+        w_tail = load_columns(w_ptrs, TAIL, TAIL_K, SPLIT)
+
+    if STACK:
+        w_below = load_rows(w_ptrs + WIDTH, CHUNKS, KEPT, BLOCK_K, TAIL_K, SPLIT)
 
     h = tl.load(h0_ptr + offs_state, mask=mask, other=0.0)
     c = tl.load(c0_ptr + offs_state, mask=mask, other=0.0).to(tl.float32)
@@ -147,23 +209,35 @@ def forward_persistent(
     row = first_row(t, B, offsets_ptr, VARLEN) + b0
     row_next = first_row(t_next, B, offsets_ptr, VARLEN) + b0
     mask_gates_t = mask_gates & (t < lengths)[None, :] if VARLEN else mask_gates
-    x = tl.load(gates_x_ptr + row * (D * 4 * H) + offs_gates, mask=mask_gates_t, other=0.0)
+    x = tl.load(x_ptr + row * stride_x + offs_x, mask=mask_gates_t, other=0.0)
+
+    if STACK:
+        seen = (1 + up) * programs
+        wait(counter_below, seen)
+        below = load_hidden(below_all + up * slot_size, CHUNKS, KEPT, BLOCK_K, TAIL_K, SPLIT)
 
     for s in range(T):
         # gates_x arrives one step ahead of its use, its row number two; past the end the last row is read again
         t_after = tl.minimum(tl.maximum(t_next + step, 0), T - 1)
         row_after = first_row(t_after, B, offsets_ptr, VARLEN) + b0
         mask_gates_next = mask_gates & (t_next < lengths)[None, :] if VARLEN else mask_gates
-        x_next = tl.load(gates_x_ptr + row_next * (D * 4 * H) + offs_gates, mask=mask_gates_next, other=0.0)
+        x_next = tl.load(x_ptr + row_next * stride_x + offs_x, mask=mask_gates_next, other=0.0)
 
-        wait(counter, (s + 1) * programs)
         parts = tl.zeros((SPLIT, 4 * BLOCK_H, BLOCK_B), tl.float32) if SPLIT > 1 else x.to(tl.float32)
-        h_ptrs = h_all + slot(s) * slot_size
+        if STACK:
+            parts = add_dots(parts, w_below, below, PRECISION)
+        wait(counter, (s + 1) * programs)
+        h_ptrs = h_all + place(s, STACK) * slot_size
         h_k = ()
         for n in tl.static_range(min(AHEAD, CHUNKS)):
             h_k = h_k + (load_h(h_ptrs, n * BLOCK_K, BLOCK_K if n < KEPT else TAIL_K, SPLIT),)
         if STREAM:
             h_tail = load_h(h_ptrs, TAIL, TAIL_K, SPLIT)
+        if STACK:
+            # the next step's h of the layer below, while h is on its way
+            step_below = tl.minimum(s + 2 * up, T)
+            seen = wait_unless(counter_below, up * (step_below + 1) * programs, seen)
+            below = load_hidden(below_all + step_below * slot_size, CHUNKS, KEPT, BLOCK_K, TAIL_K, SPLIT)
         for n in tl.static_range(CHUNKS):
             parts += dot(w[n], h_k[n], PRECISION)
             if n + AHEAD < CHUNKS:
@@ -173,7 +247,7 @@ def forward_persistent(
             for k0 in range(TAIL, WIDTH, TAIL_K):
                 # one ahead; after the last comes the first, for the next step
                 k_next = tl.where(k0 + TAIL_K < WIDTH, k0 + TAIL_K, TAIL)
-                w_next = load_rows(w_ptrs, k_next, TAIL_K, SPLIT)
+                w_next = load_columns(w_ptrs, k_next, TAIL_K, SPLIT)
                 h_next = load_h(h_ptrs, k_next, TAIL_K, SPLIT)
                 parts += dot(w_tail, h_tail, PRECISION)
                 w_tail = w_next
@@ -194,7 +268,7 @@ def forward_persistent(
         else:
             c = c_new
             h = h_new.to(dtype)
-        tl.store(h_own + slot(s + 1) * slot_size, h)
+        tl.store(h_own + place(s + 1, STACK) * slot_size, h)
         arrive(counter, HIP)
 
         # nobody waits for these

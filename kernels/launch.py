@@ -47,13 +47,13 @@ def lstm_forward(
         RuntimeError: gates_x or w_hh do not have the sizes that c0 tells; the kernels would read past their end.
     """
     if w_hr is None:
-        return _forward(gates_x, h0, c0, w_hh, batch_sizes, save, plan)
+        return _forward(gates_x, h0, c0, w_hh, batch_sizes, save, plan=plan)
     # h = m W_hr^T, so the recurrence runs on m with W_eff = W_hh W_hr; h0 has no m and enters step 0's gates
     rows = torch.arange(gates_x.shape[0], device=gates_x.device)
     for d, gates_d in enumerate(gates_x.chunk(len(h0), 1)):
         gates_d[first_rows(rows, h0.shape[1], batch_sizes, reverse=d == 1)] += h0[d] @ w_hh[d].T
     m0 = torch.zeros_like(c0)
-    m, m_n, c_n, gates, cells = _forward(gates_x, m0, c0, torch.bmm(w_hh, w_hr), batch_sizes, save, plan)
+    m, m_n, c_n, gates, cells = _forward(gates_x, m0, c0, torch.bmm(w_hh, w_hr), batch_sizes, save, plan=plan)
     output = torch.einsum("ndh,dph->ndp", m.view(m.shape[0], *c0.shape[::2]), w_hr).flatten(1)
     return output, torch.bmm(m_n, w_hr.mT), c_n, gates, cells
 
@@ -72,12 +72,12 @@ def lstm_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run one layer's recurrence back: `reference.lstm_backward` says what it takes and returns, `plan` is as above."""
     if w_hr is None:
-        dgates, dc0 = _backward(d_output, dh_n, dc_n, gates, cells, c0, w_hh, batch_sizes, plan)
+        dgates, dc0 = _backward(d_output, dh_n, dc_n, gates, cells, c0, w_hh, batch_sizes, plan=plan)
         return dgates, dc0, d_output.new_empty(0)
     D, P, _ = w_hr.shape
     dm = torch.einsum("ndp,dph->ndh", d_output.reshape(-1, D, P), w_hr).flatten(1)
     w_eff = torch.bmm(w_hh, w_hr)
-    dgates, dc0 = _backward(dm, torch.bmm(dh_n, w_hr), dc_n, gates, cells, c0, w_eff, batch_sizes, plan)
+    dgates, dc0 = _backward(dm, torch.bmm(dh_n, w_hr), dc_n, gates, cells, c0, w_eff, batch_sizes, plan=plan)
     # h_t is used by the output, by the step after it (before it in time, for direction 1) and, at the end, by h_n
     dh = d_output.clone(memory_format=torch.contiguous_format)
     for d, (dh_d, dgates_d) in enumerate(zip(dh.chunk(D, 1), dgates.chunk(D, 1), strict=True)):
@@ -89,18 +89,19 @@ class _RefusedError(Exception):
     """The chip cannot hold the programs of a grid all at once; the argument says how many it may."""
 
 
-def _laid_out_anew(run: Callable) -> Callable:
+def laid_out_anew(run: Callable) -> Callable:
     """Decorate a pass: where the driver refuses its grid, the layout is chosen again, for fewer processors.
 
-    A persistent layout gives way to a smaller one or, in the end, to stepwise. One that was asked for is an error.
+    A persistent layout gives way to a smaller one or, in the end, to stepwise. One that was asked for is an error. The
+    layout is the last argument of the pass, and `plan` when it is called.
     """
 
     @functools.wraps(run)
-    def again(*arguments: Any) -> Any:
-        device, plan = arguments[0].device, arguments[-1]
+    def again(*arguments: Any, plan: Plan | str | None = None) -> Any:
+        device = arguments[0].device
         while True:
             try:
-                return run(*arguments)
+                return run(*arguments, plan)
             except _RefusedError as refused:
                 (most,) = refused.args
                 if isinstance(plan, Plan) or most >= device_of(device).processors:
@@ -110,7 +111,7 @@ def _laid_out_anew(run: Callable) -> Callable:
     return again
 
 
-def _together(kernel: Any, grid: tuple[int, int], **arguments: Any) -> None:
+def together(kernel: Any, grid: tuple[int, int], **arguments: Any) -> None:
     """Launch a grid whose programs meet."""
     try:
         kernel[grid](**arguments)
@@ -123,12 +124,12 @@ def _together(kernel: Any, grid: tuple[int, int], **arguments: Any) -> None:
         raise _RefusedError(math.prod(grid) - 1 if too_many in str(error) else 0) from error
 
 
-@_laid_out_anew
+@laid_out_anew
 def _forward(gates_x, h0, c0, w_hh, batch_sizes, save, plan):
     """`lstm_forward` without projection."""
     D, B, H = c0.shape
     N, dtype = gates_x.shape[0], gates_x.dtype
-    T = _steps(N, B, batch_sizes)
+    T = steps(N, B, batch_sizes)
     if gates_x.shape[1] != D * 4 * H or w_hh.shape != (D, 4 * H, H):  # a kernel would read past the end of them
         raise RuntimeError(f"Expected weight_hh of size {(4 * H, H)} in a layer of hidden_size={H}")
     gates_x, h0, c0, w_hh = (tensor.contiguous() for tensor in (gates_x, h0, c0, w_hh))
@@ -139,7 +140,7 @@ def _forward(gates_x, h0, c0, w_hh, batch_sizes, save, plan):
     if N == 0:
         return output, h0.clone(), c0.clone(), gates, cells
 
-    plan, common = _prepare(T, c0, dtype, batch_sizes, plan, backward=False)
+    plan, common = prepare(T, c0, dtype, batch_sizes, plan, backward=False)
     shared = {
         "gates_x_ptr": gates_x,
         "w_hh_ptr": w_hh,
@@ -149,7 +150,7 @@ def _forward(gates_x, h0, c0, w_hh, batch_sizes, save, plan):
         "SAVE": save,
         **common,
     }
-    with _device_guard(c0.device):
+    with device_guard(c0.device):
         if plan.regime == "resident":
             h_n, c_n = torch.empty_like(h0), torch.empty_like(c0)
             grid = (triton.cdiv(B, plan.BLOCK_B), D)
@@ -157,10 +158,10 @@ def _forward(gates_x, h0, c0, w_hh, batch_sizes, save, plan):
         elif plan.kernel == "persistent":
             h_n, c_n = torch.empty_like(h0), torch.empty_like(c0)
             # zeros: units past H meet zeros of W_hh, but a NaN among them would be one after the product too
-            exchange = gates_x.new_zeros(2, _at_once(plan, B, D), plan.BLOCK_B, _width(plan, H))
-            shared |= {"w_hh_ptr": _padded(plan, w_hh), "exchange_ptr": exchange}
-            for grid, meeting in _meetings(plan, c0):
-                _together(forward_persistent, grid, **shared, **meeting, h0_ptr=h0, c0_ptr=c0, h_n_ptr=h_n, c_n_ptr=c_n)
+            exchange = gates_x.new_zeros(2, at_once(plan, B, D), plan.BLOCK_B, width_of(plan, H))
+            shared |= {"w_hh_ptr": padded(plan, w_hh, width_of(plan, H)), "exchange_ptr": exchange, "bias_ptr": None}
+            for grid, meeting in meetings(plan, c0):
+                together(forward_persistent, grid, **shared, **meeting, h0_ptr=h0, c0_ptr=c0, h_n_ptr=h_n, c_n_ptr=c_n)
         else:
             # a program reads all of h and writes its own units, so h takes turns between two buffers
             h_in, h_n = h0, torch.empty_like(h0)
@@ -174,19 +175,19 @@ def _forward(gates_x, h0, c0, w_hh, batch_sizes, save, plan):
     return output, h_n, c_n, gates, cells
 
 
-@_laid_out_anew
+@laid_out_anew
 def _backward(d_output, dh_n, dc_n, gates, cells, c0, w_hh, batch_sizes, plan):
     """`lstm_backward` without projection."""
     D, B, H = c0.shape
     N, dtype = gates.shape[0], gates.dtype
-    T = _steps(N, B, batch_sizes)
+    T = steps(N, B, batch_sizes)
     tensors = (d_output, dh_n, dc_n, gates, cells, c0, w_hh)  # a hook on saved tensors may have laid them out anew
     d_output, dh_n, dc_n, gates, cells, c0, w_hh = (tensor.contiguous() for tensor in tensors)
     dgates = torch.empty_like(gates)
     if N == 0:
         return dgates, dc_n.clone()
 
-    plan, common = _prepare(T, c0, dtype, batch_sizes, plan, backward=True)
+    plan, common = prepare(T, c0, dtype, batch_sizes, plan, backward=True)
     shared = {
         "d_output_ptr": d_output,
         "dh_n_ptr": dh_n,
@@ -197,18 +198,18 @@ def _backward(d_output, dh_n, dc_n, gates, cells, c0, w_hh, batch_sizes, plan):
         "dgates_ptr": dgates,
         **common,
     }
-    with _device_guard(c0.device):
+    with device_guard(c0.device):
         if plan.regime == "resident":
             dc0 = torch.empty_like(c0)
             backward_resident[(triton.cdiv(B, plan.BLOCK_B), D)](**shared, dc_n_ptr=dc_n, dc0_ptr=dc0)
         elif plan.kernel == "persistent":
             dc0 = torch.empty_like(c0)
             # in the dtype of gates: half the traffic, and the rounding of dgates itself weighs more (see README.md)
-            owners, programs = _width(plan, H) // plan.BLOCK_H, -(-H // plan.BLOCK_H)
-            partials = gates.new_empty(2, _at_once(plan, B, D), owners, programs, plan.BLOCK_B, plan.BLOCK_H)
-            shared |= {"w_hh_ptr": _padded(plan, w_hh), "partials_ptr": partials}
-            for grid, meeting in _meetings(plan, c0):
-                _together(backward_persistent, grid, **shared, **meeting, dc_n_ptr=dc_n, dc0_ptr=dc0)
+            owners, programs = width_of(plan, H) // plan.BLOCK_H, -(-H // plan.BLOCK_H)
+            partials = gates.new_empty(2, at_once(plan, B, D), owners, programs, plan.BLOCK_B, plan.BLOCK_H)
+            shared |= {"w_hh_ptr": padded(plan, w_hh, width_of(plan, H)), "partials_ptr": partials}
+            for grid, meeting in meetings(plan, c0):
+                together(backward_persistent, grid, **shared, **meeting, dc_n_ptr=dc_n, dc0_ptr=dc0)
         else:
             dc = dc_n.to(torch.float32, copy=True)
             grid = (triton.cdiv(H, plan.BLOCK_H), triton.cdiv(B, plan.BLOCK_B), D)
@@ -218,15 +219,22 @@ def _backward(d_output, dh_n, dc_n, gates, cells, c0, w_hh, batch_sizes, plan):
     return dgates, dc0
 
 
-def _prepare(
-    T: int, c0: Tensor, dtype: torch.dtype, batch_sizes: Tensor | None, plan: Plan | str | None, backward: bool
+def prepare(
+    T: int,
+    c0: Tensor,
+    dtype: torch.dtype,
+    batch_sizes: Tensor | None,
+    plan: Plan | str | None,
+    backward: bool,
+    stack: bool = False,
 ) -> tuple[Plan, dict[str, Any]]:
     """Settle the plan; return it with the arguments that every kernel takes."""
     D, B, H = c0.shape
     device = device_of(c0.device)
     PRECISION = precision(dtype, device)
     if not isinstance(plan, Plan):
-        problem = Problem(T, B, H, H, D=D, dtype=dtype, tf32=PRECISION == "tf32")
+        layers, directions = (D, 1) if stack else (1, D)
+        problem = Problem(T, B, H, H, L=layers, D=directions, dtype=dtype, tf32=PRECISION == "tf32")
         plan = choose(problem, device, backward, plan or "")
     lengths, offsets = _rows_of(batch_sizes, c0.device)
     return plan, {
@@ -256,6 +264,7 @@ def _layout(plan: Plan, backward: bool, device: Device) -> dict[str, int | bool]
     layout: dict[str, int | bool] = {name: getattr(plan, name) for name in names}
     if plan.kernel == "persistent":
         layout["STREAM"] = plan.regime == "streaming"
+        layout["STACK"] = plan.regime == "wavefront"
         layout["HIP"] = device.kind == "hip"
         if device.kind == "cuda" and plan.regime == "persistent":
             layout["maxnreg"] = PERSISTENT_REGISTERS
@@ -265,37 +274,37 @@ def _layout(plan: Plan, backward: bool, device: Device) -> dict[str, int | bool]
     return layout
 
 
-def _at_once(plan: Plan, B: int, D: int) -> int:
+def at_once(plan: Plan, B: int, D: int) -> int:
     """Return how many groups of programs that meet run in one launch: of each tile of rows and direction, one."""
     groups = -(-B // plan.BLOCK_B) * D
     return min(groups, plan.groups or groups)
 
 
-def _meetings(plan: Plan, c0: Tensor) -> Iterator[tuple[tuple[int, int], dict[str, Any]]]:
+def meetings(plan: Plan, c0: Tensor) -> Iterator[tuple[tuple[int, int], dict[str, Any]]]:
     """Yield (grid, arguments) of each launch of a persistent kernel: all groups, as many at once as the plan says."""
     D, B, H = c0.shape
-    groups, at_once = -(-B // plan.BLOCK_B) * D, _at_once(plan, B, D)
+    groups, most = -(-B // plan.BLOCK_B) * D, at_once(plan, B, D)
     # a cache line for each counter: they are polled
     counters = torch.zeros(groups, 32, dtype=torch.int32, device=c0.device)
-    for first in range(0, groups, at_once):
-        grid = (-(-H // plan.BLOCK_H), min(at_once, groups - first))
+    for first in range(0, groups, most):
+        grid = (-(-H // plan.BLOCK_H), min(most, groups - first))
         yield grid, {"counters_ptr": counters[first:], "D": D, "first": first}
 
 
-def _width(plan: Plan, H: int) -> int:
-    """Return how many columns the chunks of a persistent plan cover: H rounded up."""
+def width_of(plan: Plan, columns: int) -> int:
+    """Return how many columns the chunks of a persistent plan cover: `columns` rounded up."""
     kept = plan.KEPT * plan.BLOCK_K
-    return kept + -(-(H - kept) // plan.TAIL_K) * plan.TAIL_K
+    return kept + -(-(columns - kept) // plan.TAIL_K) * plan.TAIL_K
 
 
-def _padded(plan: Plan, w_hh: Tensor) -> Tensor:
-    """Return W_hh [D, 4H, H] with zeros up to whole programs and chunks: no mask, and aligned rows, in the kernel."""
-    D, _, H = w_hh.shape
-    columns, units = _width(plan, H) - H, -H % plan.BLOCK_H
-    return pad(w_hh.view(D, 4, H, H), (0, columns, 0, units)) if columns or units else w_hh
+def padded(plan: Plan, weight: Tensor, width: int) -> Tensor:
+    """Return weights [D, 4H, H] with zeros up to whole programs and `width`: no mask, and aligned rows, in a kernel."""
+    D, _, H = weight.shape
+    columns, units = width - H, -H % plan.BLOCK_H
+    return pad(weight.view(D, 4, H, H), (0, columns, 0, units)) if columns or units else weight
 
 
-def _steps(N: int, B: int, batch_sizes: Tensor | None) -> int:
+def steps(N: int, B: int, batch_sizes: Tensor | None) -> int:
     """Return T."""
     if batch_sizes is not None:
         return batch_sizes.numel()
@@ -310,6 +319,6 @@ def _rows_of(batch_sizes: Tensor | None, device: torch.device) -> tuple[Tensor |
     return lengths.to(device, torch.int32, non_blocking=True), offsets.to(device, non_blocking=True)
 
 
-def _device_guard(device: torch.device) -> AbstractContextManager:
+def device_guard(device: torch.device) -> AbstractContextManager:
     """Make `device` the current one: Triton launches on the current device, not on its arguments'."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

@@ -81,7 +81,8 @@ class Configuration:
         precision = f"-{self.precision}" if self.dtype == "float32" else ""
         plan = self.plan
         chunks = f"-k{plan.KEPT}x{plan.BLOCK_K}+{plan.TAIL_K}" if plan.kernel == "persistent" else ""
-        blocks = f"H{self.H}-h{plan.BLOCK_H}-b{plan.BLOCK_B}{chunks}-w{plan.num_warps}"
+        layers = "-stack" if plan.regime == "wavefront" else ""
+        blocks = f"H{self.H}-h{plan.BLOCK_H}-b{plan.BLOCK_B}{chunks}-w{plan.num_warps}{layers}"
         return f"{self.kernel}-{self.dtype}{precision}-{blocks}{flags}"
 
 
@@ -128,6 +129,7 @@ def compile_configuration(configuration: Configuration):
         "H": configuration.H,
         **asdict(plan),
         "STREAM": plan.regime == "streaming",
+        "STACK": plan.regime == "wavefront",
         "HIP": configuration.target.startswith("gfx"),
         "THREADS": plan.num_warps * gpu_target(configuration.target).warp_size,
         "PRECISION": configuration.precision,
@@ -137,6 +139,8 @@ def compile_configuration(configuration: Configuration):
     constexprs = {name: values[name] for name in kernel.arg_names if name in values}
     if not configuration.VARLEN:
         constexprs |= {"lengths_ptr": None, "offsets_ptr": None}
+    if "bias_ptr" in kernel.arg_names and not values["STACK"]:
+        constexprs |= {"bias_ptr": None}
     element = f"*{DTYPES[configuration.dtype]}"
     signature = {name: "constexpr" if name in constexprs else TYPES.get(name, element) for name in kernel.arg_names}
     aligned = [["tt.divisibility", 16]]

@@ -43,11 +43,15 @@ CONSTEXPRS = {
     "AHEAD": 1,
     "SPLIT": 1,
     "THREADS": 128,
+    "STACK": False,
 }
+STACKED = {**CONSTEXPRS, "STACK": True}
 KERNELS: dict[str, tuple[ModuleType, dict[str, object]]] = {
     "exchange": (barriers, {"BLOCK": 128, "N": 4}),
     "forward_persistent": (forward_persistent, CONSTEXPRS),
     "backward_persistent": (backward_persistent, CONSTEXPRS),
+    "forward_persistent of a stack": (forward_persistent, STACKED),
+    "backward_persistent of a stack": (backward_persistent, {**STACKED, "BLOCK_K": 128, "TAIL_K": 128}),
 }
 
 
@@ -56,7 +60,7 @@ def compile_kernel(name: str, target: str, fault: str = "") -> str:
     module, constexprs = KERNELS[name]
     with barriers.replaced(module, {"": {}, EARLY: barriers.ARRIVES_EARLY, **barriers.MUTANTS}[fault]):
         # a new object, for triton remembers by object what a kernel's source and helpers hash to
-        kernel = triton.jit(getattr(module, name).fn)
+        kernel = triton.jit(getattr(module, name.split()[0]).fn)
         constexprs = {**constexprs, "HIP": target.startswith("gfx")}
         constexprs = {argument: value for argument, value in constexprs.items() if argument in kernel.arg_names}
         signature = {

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
-from fastlstm.autograd import DirectionWeights, lstm_layer
+from fastlstm.autograd import lstm_layer
+from fastlstm.weights import DirectionWeights
 
 LENGTHS = (6, 4, 4, 1)  # a run of equal batch sizes, a tie, and a row of one step
 

@@ -62,14 +62,18 @@ def events_amd(assembly: str) -> list[tuple[str, bool]]:
         ("load", r"(global|buffer)_load"),
         ("store", r"(global|buffer)_store"),
     )
-    instructions = [line.strip() for line in re.findall(r"^\s+([a-z][^;\n]*)", assembly, re.MULTILINE)]
+    instructions = [line.strip() for line in re.findall(r"^(\.LBB\w+:|\s+[a-z][^;\n]*)", assembly, re.MULTILINE)]
+    found = [next((kind for kind, pattern in kinds if re.match(pattern, line)), None) for line in instructions]
     events = []
-    for n, instruction in enumerate(instructions):
-        kind = next((kind for kind, pattern in kinds if re.match(pattern, instruction)), None)
+    for n, kind in enumerate(found):
         around = {"arrive": instructions[n - 2 : n], "poll": instructions[n + 1 : n + 3]}.get(kind or "")
         release, acquire = ["buffer_wbl2 sc1", "s_waitcnt vmcnt(0)"], ["s_waitcnt vmcnt(0)", "buffer_inv sc1"]
         if kind is not None:
             events.append((kind, around == (release if kind == "arrive" else acquire)))
+        if kind == "poll" and (jump := re.match(r"s_branch (\S+)", instructions[n + 3])):
+            # what stands after a jump is not what comes next
+            ahead = found[instructions.index(f"{jump[1]}:") :]
+            events.append((next(kind for kind in ahead if kind in ("barrier", "load", "store")), False))
     return events
 
 
@@ -109,7 +113,8 @@ def test_compiled_code_is_ordered_and_mutants_are_not(target):
 
     found = {name: faults(text) for name, text in texts.items()}
     right = {name for name in found if name.endswith(": ")}
-    assert right == {"exchange: ", "forward_persistent: ", "backward_persistent: "}
+    persistent = {f"{name}_persistent{stack}: " for name in ("forward", "backward") for stack in ("", " of a stack")}
+    assert right == {"exchange: ", *persistent}
     assert not any(found[name] for name in right), found
     wrong = found.keys() - right
     visible = FAULTS.keys() if target.startswith("gfx") else list(FAULTS)[:-1]

@@ -20,7 +20,7 @@ from fastlstm.problem import Device, Problem, device_of
 
 triton = pytest.importorskip("triton")
 
-from fastlstm.kernels import launch  # noqa: E402
+from fastlstm.kernels import launch, wavefront  # noqa: E402
 
 H100 = Device("cuda", "sm_90", "NVIDIA H100 80GB HBM3", 132)
 TOO_MANY = RuntimeError("Triton Error [CUDA]: too many blocks in cooperative launch")
@@ -37,6 +37,7 @@ class Driver:
         self.grids: list[int] = []
         for name in ("forward_persistent", "backward_persistent"):
             monkeypatch.setattr(launch, name, self)
+            monkeypatch.setattr(wavefront, name, self)
         monkeypatch.setattr(launch, "device_of", lambda device: self.device)
         monkeypatch.setattr(launch, "limit_processors", self.limit)
 
@@ -104,6 +105,33 @@ def test_backward_falls_back_by_itself(monkeypatch):
     torch.testing.assert_close(dgates, reference.lstm_backward(*cotangents, *saved)[0], atol=1e-4, rtol=1e-4)
 
 
+def test_a_refused_stack_runs_layer_by_layer(monkeypatch):
+    driver = Driver(monkeypatch, TOO_MANY)
+    T, B, H, L = 2, 3, 80, 2
+    assert choose(Problem(T, B, H, H, L=L), H100).regime == "wavefront"
+    gates_x, bias, w_ih, w_hh, h0, c0, d_output, dh_n, dc_n = (
+        0.1 * torch.randn(shape)
+        for shape in ((T * B, 4 * H), (1, 4 * H), (1, 4 * H, H), (L, 4 * H, H), *[(L, B, H)] * 2, (T * B, L * H))
+        + ((L, B, H),) * 2
+    )
+    states = [(h0[n : n + 1], c0[n : n + 1], w_hh[n : n + 1], None, None) for n in range(L)]
+    first = reference.lstm_forward(gates_x.clone(), *states[0], True)
+    second = reference.lstm_forward(first[0] @ w_ih[0].T + bias, *states[1], True)
+    found = wavefront.stack_forward(gates_x, bias, h0, c0, w_ih, w_hh, None, True)
+    for actual, *right in zip(found, first, second, strict=True):
+        torch.testing.assert_close(actual, torch.cat(right, int(right[0].dim() == 2)), atol=1e-5, rtol=1e-5)
+    assert driver.grids[0] == 10
+
+    driver.device = H100
+    gates, cells = found[3:]
+    dgates, dc0 = wavefront.stack_backward(d_output, dh_n, dc_n, gates, cells, c0, w_ih, w_hh, None)
+    saved = [(*layer[3:], *states[n][1:]) for n, layer in enumerate((first, second))]
+    right_2, dc0_2, _ = reference.lstm_backward(d_output[:, H:], dh_n[1:], dc_n[1:], *saved[1])
+    right_1, dc0_1, _ = reference.lstm_backward(right_2 @ w_ih[0], dh_n[:1], dc_n[:1], *saved[0])
+    torch.testing.assert_close(dgates, torch.cat((right_1, right_2), 1), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(dc0, torch.cat((dc0_1, dc0_2)), atol=1e-5, rtol=1e-5)
+
+
 def test_a_smaller_grid_is_tried_before_stepwise(monkeypatch):
     driver = Driver(monkeypatch, TOO_MANY, room=10)
     launch.lstm_forward(*layer(H=160, B=64))
@@ -142,7 +170,7 @@ def test_a_pass_that_has_begun_is_not_run_again(monkeypatch):
     """Its first grid has overwritten the gates of its rows."""
     driver = Driver(monkeypatch, TOO_MANY)
     with pytest.raises(RuntimeError, match="too many blocks"):
-        launch._together(driver, (4, 2), first=2, launch_cooperative_grid=True)
+        launch.together(driver, (4, 2), first=2, launch_cooperative_grid=True)
 
 
 @pytest.mark.gpu

@@ -9,7 +9,8 @@ import torch
 from helpers import Layer, assert_close, make_layer_inputs, run_lstm
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastlstm.autograd import by_kind, first_step, lstm_backward, lstm_forward, spread, zero_states
+from fastlstm.autograd import first_step, lstm_backward, lstm_forward, zero_states
+from fastlstm.weights import by_kind, spread
 
 SHAPE = {"I": 7, "H": 5, "lengths": (4, 3, 3)}
 
@@ -137,9 +138,9 @@ def op_arguments(D, P, bias, packed, save):
     x, h0, c0, *weights = (
         torch.randn(shape, requires_grad=True) for shape in [(N, I), (D, B, P or H), (D, B, H), *shapes]
     )
-    forward: Any = (x, h0, c0, weights, batch_sizes, save, False, "reference")
+    forward: Any = (x, h0, c0, weights, batch_sizes, save, False, "reference", False)
     with torch.no_grad():
-        output, h_n, c_n, gates, cells = lstm_forward(*forward[:5], True, False, "reference")
+        output, h_n, c_n, gates, cells = lstm_forward(*forward[:5], True, False, "reference", False)
         _, _, w_hh, w_hr = by_kind(spread([weight.detach() for weight in weights], D))
     backward = (output, h_n, c_n, gates, cells, c0.detach(), w_hh, w_hr, batch_sizes, "reference")
     return forward, backward

@@ -6,12 +6,15 @@ import dataclasses
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_sequence
 
 pytest.importorskip("triton")
 
+from helpers import assert_close, run_lstm
 from recurrence import FORWARD, H100, Run
 
+import fastlstm
 from fastlstm.dispatch import interpreting
 from fastlstm.kernels import launch
 from fastlstm.plans import Plan, choose
@@ -214,3 +217,23 @@ def test_what_dispatch_chooses(H, B, packed, dtype, monkeypatch):
     plans = [choose(problem, device, backward) for backward in (False, True)]
     monkeypatch.setattr(run, "plan", lambda regime, backward: plans[backward])
     run.check("chosen", torch.device("cuda"))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available() or interpreting(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+@pytest.mark.parametrize(("H", "L", "B"), [(160, 3, 1), (256, 2, 40), (300, 2, 16), (512, 2, 20), (512, 3, 16)])
+def test_a_stack_as_dispatch_runs_it(H, L, B, packed, dtype):
+    """Natively, all layers at once where they fit the card."""
+    lengths = [max(1, 40 - n) for n in range(B)]
+    network = fastlstm.LSTM(64, H, num_layers=L, backend="triton", device="cuda", dtype=dtype)
+    xs = [torch.randn(n if packed else 40, 64).to("cuda", dtype) for n in lengths]
+    x = pack_sequence(xs) if packed else torch.stack(xs, 1)
+    hx = tuple(torch.randn(L, B, H).to("cuda", dtype) for _ in range(2))
+    truth = nn.LSTM(64, H, num_layers=L, device="cuda", dtype=torch.float64)
+    truth.load_state_dict(network.state_dict())
+    results = run_lstm(network, x, hx)
+    expected = run_lstm(truth, x.to(torch.float64), tuple(state.double() for state in hx))
+    network.backend = "reference"
+    assert_close(results, expected, run_lstm(network, x, hx), dtype=dtype)

@@ -94,7 +94,7 @@ def test_what_is_not_on_the_chip_at_once_follows_in_further_launches(groups, gri
     """Two tiles of rows in two directions; the buffers of one launch serve the next."""
     run = Run(16, LENGTHS, torch.float32, D=2, packed=packed)
     plan = plan_for(16, groups=groups)
-    assert [grid for grid, _ in launch._meetings(plan, run.c0)] == [(2, at_once) for at_once in grids]
+    assert [grid for grid, _ in launch.meetings(plan, run.c0)] == [(2, at_once) for at_once in grids]
     check(run, groups=groups)
     expected = run_all(run)
     for name, tensor in run_all(run, groups=groups).items():

@@ -51,9 +51,9 @@ def test_plans_enumerates_what_choose_returns(gpu):
             (backward, dataclasses.replace(plan, groups=0))
             for H in (*range(1, 1600, 9), 128, 512, 1024, 1536, 4096)
             for B in (1, 8, 16, 17, 64, 1000)
-            for D in (1, 2)
+            for L, D in ((1, 1), (1, 2), (2, 1))
             for backward in (False, True)
-            for plan in candidates(problem(H=H, B=B, D=D, dtype=dtype, tf32=tf32), device, backward)
+            for plan in candidates(problem(H=H, B=B, L=L, D=D, dtype=dtype, tf32=tf32), device, backward)
         }
         assert chosen <= enumerated
         # only those persistent plans whose programs this very card can hold
@@ -132,6 +132,35 @@ def test_kin_have_the_same_plans():
             assert [*every_plan(dtype, target)] == [*every_plan(dtype, other)]
             plans = [plan for _, _, plan in every_plan(dtype, target)]
             assert {"resident", "persistent", "stepwise"} <= {plan.regime for plan in plans}
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize(
+    ("given", "groups"),
+    [
+        ({}, 4),
+        ({"B": 32}, 4),
+        ({"B": 33}, 0),  # one layer after the other holds all rows at once
+        ({"L": 4}, 4),
+        ({"L": 4, "B": 32}, 4),  # two launches, of all layers each
+        ({"L": 3}, 3),
+        ({"L": 5}, 0),
+        ({"H": 768}, 2),
+        ({"H": 769}, 0),  # W_ih and W_hh do not fit
+        ({"H": 128}, 0),  # resident
+        ({"H": 512, "dtype": torch.float32}, 2),
+        ({"L": 1}, 0),
+        ({"D": 2}, 0),
+        ({"P": 64}, 0),
+        ({"apart": True}, 0),
+    ],
+    ids=str,
+)
+def test_layers_run_together_where_it_should_pay(given, groups, backward):
+    plans = candidates(problem(**{"H": 512, "L": 2, "dtype": torch.float16, **given}), GPUS["H100"], backward)
+    assert ([plan.groups for plan in plans if plan.regime == "wavefront"] or [0]) == [groups]
+    assert (plans[0].regime == "wavefront") == (groups > 0)
+    assert len({plan.name for plan in plans}) == len(plans)
 
 
 def test_length_never_matters_to_a_plan():

@@ -68,14 +68,14 @@ def units_apart(a: Tensor, b: Tensor) -> int:
 @INTERPRETED
 def test_gates_are_at_most_one_unit_off(dtype, packed):
     x, h0, c0, weights, batch_sizes = layer_arguments(packed, dtype)
-    output, _, _, gates, _ = autograd.lstm_forward(x, h0, c0, weights, batch_sizes, True, False, "triton")
+    output, _, _, gates, _ = autograd.lstm_forward(x, h0, c0, weights, batch_sizes, True, False, "triton", False)
     assert units_apart(autograd.lstm_gates(x, h0, output, weights, batch_sizes), gates) <= 1
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
 def test_rows_in_pieces_give_the_same(packed, monkeypatch):
     x, h0, c0, weights, batch_sizes = layer_arguments(packed, torch.float64)
-    output, _, _, gates, _ = autograd.lstm_forward(x, h0, c0, weights, batch_sizes, True, False, "reference")
+    output, _, _, gates, _ = autograd.lstm_forward(x, h0, c0, weights, batch_sizes, True, False, "reference", False)
     torch.testing.assert_close(autograd.lstm_gates(x, h0, output, weights, batch_sizes), gates)
     monkeypatch.setattr(autograd, "_WIDE_ELEMENTS", 3 * 4 * H)
     torch.testing.assert_close(autograd.lstm_gates(x, h0, output, weights, batch_sizes), gates)
@@ -103,9 +103,9 @@ def test_the_op_keeps_its_contract(packed):
     x, h0, c0, weights, batch_sizes = layer_arguments(packed, torch.float32)
     tensors = [tensor.requires_grad_() for tensor in (x, h0, c0)]
     leaves = [weight.requires_grad_() for weight in weights]
-    torch.library.opcheck(autograd.lstm_forward, (*tensors, leaves, batch_sizes, True, True, "reference"))
+    torch.library.opcheck(autograd.lstm_forward, (*tensors, leaves, batch_sizes, True, True, "reference", False))
     with torch.no_grad():
-        output, *_ = autograd.lstm_forward(x, h0, c0, weights, batch_sizes, False, False, "reference")
+        output, *_ = autograd.lstm_forward(x, h0, c0, weights, batch_sizes, False, False, "reference", False)
     arguments = (x.detach(), h0.detach(), output, [weight.detach() for weight in weights], batch_sizes)
     torch.library.opcheck(autograd.lstm_gates, arguments)
 

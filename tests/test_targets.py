@@ -21,7 +21,8 @@ def run(*arguments: str) -> str:
     return result.stdout
 
 
-# of the persistent plans, one for each chunk size (and one that streams): all of them are some hundred compilations
+# of the persistent plans, and of those of a stack, one for each chunk size (and one that streams): all of them are some
+# hundred compilations
 SAMPLE = r"resident|stepwise|persistent.*-H(512|768|1024|2048)-h\d+-b16"
 
 

@@ -1,0 +1,54 @@
+"""How the flat list of an LSTM's weights becomes what the ops and kernels take: by direction, by kind, by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastlstm import checks
+
+# w_ih [4H, I], w_hh [4H, P], b_ih [4H], b_hh [4H], w_hr [P, H] of one direction
+DirectionWeights = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
+
+
+def directions(weights: Sequence[Any], count: int) -> list[DirectionWeights]:
+    """Return the weights of each of `count` directions of layers, in torch's flat order, with None for the missing."""
+    found: list[DirectionWeights] = []
+    for w_ih, w_hh, *rest in checks.groups(weights, count):
+        b_ih, b_hh = rest[:2] if len(rest) >= 2 else (None, None)
+        found.append((w_ih, w_hh, b_ih, b_hh, rest[-1] if len(rest) % 2 else None))
+    return found
+
+
+def spread(weights: Sequence[Any], D: int) -> list[Any]:
+    """Return the weights of one layer in a flat list, five a direction, with None for the missing."""
+    return [weight for direction in directions(weights, D) for weight in direction]
+
+
+def by_kind(flat: Sequence[Any]) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+    """Return the directions' weights together: w_ih [D*4H, I], b_ih + b_hh [D*4H], w_hh [D, 4H, P], w_hr [D, P, H]."""
+    w_ih, w_hh, b_ih, b_hh, w_hr = (flat[kind::5] for kind in range(5))
+    bias = None if b_ih[0] is None else _cat(b_ih) + _cat(b_hh)
+    return _cat(w_ih), bias, stack(w_hh), None if w_hr[0] is None else stack(w_hr)
+
+
+def by_layer(flat: Sequence[Any]) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor]:
+    """Return a stack's weights: w_ih, bias of the first layer; w_ih [L-1, 4H, H], bias [L-1, 4H] of the rest; w_hh."""
+    w_ih, bias, _, _ = by_kind(flat[:5])
+    above, bias_above, w_hh, _ = by_kind(flat[5:])
+    L, _, H = w_hh.shape
+    above = above.view(L, 4 * H, H)
+    bias_above = above.new_zeros(L, 4 * H) if bias_above is None else bias_above.view(L, 4 * H)
+    return w_ih, bias, above, bias_above, stack(flat[1::5])
+
+
+def _cat(tensors: Sequence[Any]) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
+
+
+def stack(tensors: Sequence[Any]) -> Tensor:
+    """Return `torch.stack` of them, without a copy where there is one."""
+    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(list(tensors))
