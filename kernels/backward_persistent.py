@@ -35,22 +35,15 @@ def store_part(ptrs, k0, part, PROGRAMS: tl.constexpr, BLOCK_H: tl.constexpr):
 
 
 @triton.jit
-def load_parts(ptrs, p, PROGRAMS: tl.constexpr, PARTS: tl.constexpr, PART: tl.constexpr):
-    """The parts of all programs, [PARTS, BLOCK_B, BLOCK_H] a tile, all on their way before the first is needed."""
-    parts = ()
+def add_parts(ptrs, p, PROGRAMS: tl.constexpr, PARTS: tl.constexpr):
+    """The sum [BLOCK_H, BLOCK_B] of all programs' parts, which lie one after the other; PARTS of them are a tile."""
+    PART: tl.constexpr = ptrs.shape[1] * ptrs.shape[2]
+    # tiles are added up before their parts are, so that each thread sums only what it loads
+    total = tl.zeros(ptrs.shape, tl.float32)
     for p0 in tl.static_range(0, PROGRAMS, PARTS):
         # L1 would only be polluted: a part is read once; that it is fresh is the barrier's work
-        tile = tl.load(ptrs + p0 * PART, mask=p0 + p < PROGRAMS, other=0.0, cache_modifier=".cg")
-        parts = parts + (tile,)
-    return parts
-
-
-@triton.jit
-def add_parts(parts):
-    """The sum of the parts, [BLOCK_H, BLOCK_B]: whole tiles first, so that each thread adds up its own elements."""
-    total = parts[0].to(tl.float32)
-    for n in tl.static_range(1, len(parts)):
-        total += parts[n].to(tl.float32)
+        parts = tl.load(ptrs + p0 * PART, mask=p0 + p < PROGRAMS, other=0.0, cache_modifier=".cg")
+        total += parts.to(tl.float32)
     return tl.trans(tl.sum(total, 0))
 
 
@@ -214,19 +207,17 @@ def backward_persistent(
         store_gates(dgates_ptr + row * (D * 4 * H) + offs_gates, di, df, dg, do, mask_t, H)
 
         wait(counter, (s + 1) * PROGRAMS)
-        parts = load_parts(own_ptrs + slot(s) * slot_size, p, PROGRAMS, PARTS, PART)
+        dh_new = add_parts(own_ptrs + slot(s) * slot_size, p, PROGRAMS, PARTS)
         if STACK:
-            dy_parts = load_parts(dy_below_ptrs + slot(s) * slot_size, p, PROGRAMS, PARTS, PART)
-            # the dy of the step after next, while the parts are on their way
+            dy_below = add_parts(dy_below_ptrs + slot(s) * slot_size, p, PROGRAMS, PARTS).to(dtype)
+            tl.store(d_output_ptr + row * (D * H) + offs_h - H, dy_below, mask=mask_t & mask_below)
+            # the dy of the step after next
             seen = wait_unless(counter_above, up * tl.minimum(s + 4, T + 1) * PROGRAMS, seen)
             mask_after = mask
             if VARLEN:
                 mask_after = mask & (t_after < lengths)[None, :]
             dy_ptrs = d_output_ptr + row_after * (D * H) + offs_h
             dy_after = tl.load(dy_ptrs, mask=mask_after, other=0.0, cache_modifier=".cg")
-            dy_below = add_parts(dy_parts)
-            tl.store(d_output_ptr + row * (D * H) + offs_h - H, dy_below.to(dtype), mask=mask_t & mask_below)
-        dh_new = add_parts(parts)
         if VARLEN:
             active = (t < lengths)[None, :]
             dh = tl.where(active, dh_new, dh)  # dy is 0 where a row is not active
