@@ -176,14 +176,11 @@ def backward_persistent(
 
         wait(counter, (s + 1) * PROGRAMS)
         # L1 would only be polluted: a part is read once; that it is fresh is the barrier's work
-        # all on their way before the first is added; a sum of whole tiles, so that each thread adds up its own elements
-        parts = ()
+        # tiles are added up before their parts are, so that each thread sums only what it loads
+        total = tl.zeros((PARTS, BLOCK_B, BLOCK_H), tl.float32)
         for p0 in tl.static_range(0, PROGRAMS, PARTS):
             ptrs = own_ptrs + slot(s) * slot_size + p0 * PART
-            parts = parts + (tl.load(ptrs, mask=p0 + p < PROGRAMS, other=0.0, cache_modifier=".cg"),)
-        total = parts[0].to(tl.float32)
-        for n in tl.static_range(1, len(parts)):
-            total += parts[n].to(tl.float32)
+            total += tl.load(ptrs, mask=p0 + p < PROGRAMS, other=0.0, cache_modifier=".cg").to(tl.float32)
         dh_new = tl.trans(tl.sum(total, 0))
         if VARLEN:
             active = (t < lengths)[None, :]
