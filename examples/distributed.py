@@ -40,17 +40,10 @@ class Recall(nn.Module):
         return self.head(self.lstm(self.embedding(symbols))[0])
 
 
-def main() -> None:
+def train(options: argparse.Namespace) -> None:
     """Train, and check that every process ends with the same weights."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--fsdp", action="store_true", help="shard the parameters instead of copying them")
-    parser.add_argument("--smoke", action="store_true", help="a few seconds: does it run?")
-    options = parser.parse_args()
-
-    world_size = int(os.environ["WORLD_SIZE"])
+    world_size, rank = dist.get_world_size(), dist.get_rank()
     kind = "cuda" if torch.cuda.device_count() >= world_size else "cpu"
-    dist.init_process_group("nccl" if kind == "cuda" else "gloo")
-    rank = dist.get_rank()
     device = torch.device(kind, rank if kind == "cuda" else 0)
     mesh = init_device_mesh(kind, (world_size,))
 
@@ -83,6 +76,17 @@ def main() -> None:
     assert len({value.item() for value in checksums}) == 1
     if rank == 0:
         print(f"{world_size} processes hold the same weights")
+
+
+def main() -> None:
+    """Join the other processes, train, and leave."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--fsdp", action="store_true", help="shard the parameters instead of copying them")
+    parser.add_argument("--smoke", action="store_true", help="a few seconds: does it run?")
+    options = parser.parse_args()
+    dist.init_process_group("nccl" if torch.cuda.device_count() >= int(os.environ["WORLD_SIZE"]) else "gloo")
+    train(options)
+    # the model is gone by now: one that outlives its process group can hang while it lets go of it
     dist.destroy_process_group()
 
 

@@ -129,7 +129,8 @@ def stack_backward(
             cotangents = (dy, dh_n[n : n + 1], dc_n[n : n + 1])
             saved = (gates.chunk(L, 1)[n], cells.chunk(L, 1)[n], c0[n : n + 1], w_hh[n : n + 1])
             layers.append(lstm_backward(*cotangents, *saved, None, batch_sizes))
-            dy = layers[-1][0] @ w_ih[n - 1]
+            if n:
+                dy = layers[-1][0] @ w_ih[n - 1]
         dgates, dc0, _ = zip(*reversed(layers), strict=True)
         return torch.hstack(dgates), torch.cat(dc0)
 

@@ -1,4 +1,4 @@
-"""The benchmark refuses wrong results, times in turns and counts memory; its columns are LSTMs."""
+"""The benchmark refuses wrong results, times in turns; its columns are LSTMs."""
 
 from __future__ import annotations
 
@@ -18,16 +18,13 @@ from torch.nn.utils.rnn import PackedSequence
 import fastlstm
 from benchmarks import charlm, timing
 from benchmarks.measure import check, make_step, run_workload
-from benchmarks.memory import Meter, resident_peak, tensor_peak, way
 from benchmarks.peers import EAGER, INPUT_PRODUCT, OURS, PEERS, STOCK, STOCK_LSTM, EagerLSTM, Peer
-from benchmarks.results import RESIDENT, TENSORS
 from benchmarks.suites import MAX_FLOPS, SUITES, quick_workloads
 from benchmarks.tables import tables
 from benchmarks.timing import interleave, spread
 from benchmarks.workloads import Shape, Workload
 
 CPU = torch.device("cpu")
-NEEDS_PROC = pytest.mark.skipif(way(CPU) != RESIDENT, reason="needs Linux's /proc and glibc")
 THREE = {name: PEERS[name] for name in (STOCK, OURS, EAGER)}
 TINY = Shape("tiny", 5, 4, 3, 6)
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
@@ -354,49 +351,6 @@ def test_short_calls_are_averaged():
 def test_spread():
     assert spread([5.0, 1.0, 2.0, 4.0, 3.0, 6.0]) == {"median": 3.5, "p20": 2.0, "p80": 5.0}
     assert spread([7.0]) == {"median": 7.0, "p20": 7.0, "p80": 7.0}
-
-
-def test_peak_memory_is_what_is_held_at_once():
-    MiB = 2**20
-
-    def step():
-        first = torch.zeros(MiB, dtype=torch.uint8)
-        second = torch.zeros(2 * MiB, dtype=torch.uint8)
-        del first
-        torch.zeros(3 * MiB, dtype=torch.uint8)
-        return second
-
-    assert 5 * MiB <= tensor_peak(step) < 5 * MiB + 4096
-
-
-@NEEDS_PROC
-def test_reserved_memory_is_no_memory_until_it_is_touched():
-    MiB = 2**20
-    torch.use_deterministic_algorithms(False)  # which fills what is empty
-
-    def step():
-        touched = torch.ones(48 * MiB, dtype=torch.uint8)
-        return touched, torch.empty(96 * MiB, dtype=torch.uint8)
-
-    assert tensor_peak(step) >= 144 * MiB
-    assert 47 * MiB < resident_peak(step) < 52 * MiB
-
-
-@NEEDS_PROC
-def test_memory_is_measured_in_fresh_processes(monkeypatch):
-    workload = Workload(Shape("s", 64, 32, 64, 64), training=True)
-    with Meter(CPU) as peak:
-        first, again = peak(workload, OURS), peak(workload, OURS)
-        assert first
-        assert again == pytest.approx(first, rel=0.1)
-        assert first > 4 * workload.tokens * (64 + 6 * 64)  # the input's gradient and what is saved
-        assert peak(Workload(TINY), INPUT_PRODUCT) is not None
-        assert peak(workload, "nobody") is None  # that process has died; the run goes on
-        assert peak(workload, OURS) == pytest.approx(first, rel=0.1)
-    monkeypatch.setattr("benchmarks.memory.os.access", lambda *_: False)
-    assert way(CPU) == TENSORS
-    with Meter(CPU) as peak:
-        assert peak(workload, OURS)
 
 
 def test_character_model_learns_alike():
