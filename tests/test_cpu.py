@@ -310,7 +310,7 @@ def test_auto_without_onednn(training, runs, backend, monkeypatch):
 def test_peak_memory_is_bounded_by_stocks(dtype):
     # in bfloat16 oneDNN's workspaces are as large as in float32, and stock's graph is half as large
     bounds = {("fp32", True): 1.0, ("fp32", False): 0.75, ("bf16", True): 1.5, ("bf16", False): 0.9}
-    shapes = [((100, 64, 64, 128), 0), ((100, 48, 256, 48), 0), ((40, 80, 128, 256), 0), ((100, 64, 64, 128), 32)]
+    shapes = [((100, 64, 64, 128), 0), ((100, 48, 256, 48), 0), ((50, 80, 128, 256), 0), ((100, 64, 64, 128), 32)]
     with Meter(torch.device("cpu")) as peak:
         for (sizes, P), training in itertools.product(shapes, (True, False)):
             workload = Workload(Shape("s", *sizes), dtype, training, "uniform", proj_size=P)
