@@ -39,8 +39,8 @@ _SATURATED = (-1e30, 1e30, 0.0, -1e30)
 # what cutting costs, as rows that could be computed meanwhile: the weights' new layout and a fixed time, both measured
 _ROWS_PER_CUT = 128
 _FLOPS_PER_CUT = 1e7
-# a chunk's working memory stays below this, or below what our workspaces leave free of the size of stock's graph
-_CHUNK_BYTES = 4 << 20
+# a chunk's working memory stays below this, or below what is left free of the size of stock's graph (`_memory`)
+_CHUNK_BYTES = 1 << 20
 
 
 class _Chunk(NamedTuple):
@@ -52,6 +52,7 @@ class _Chunk(NamedTuple):
         source: [steps * rows], the row of the packed data at each place (where it is dead, its last one).
         dead: [any], the dead places.
         ends: [any], the place of the last step of each row that goes no further: the last rows of the batch.
+        keep: whether training keeps oneDNN's workspace; else backward makes it again.
     """
 
     steps: int
@@ -59,6 +60,7 @@ class _Chunk(NamedTuple):
     source: Tensor
     dead: Tensor
     ends: Tensor
+    keep: bool
 
 
 def lstm_layer(
@@ -89,7 +91,7 @@ def lstm_layer(
         output, h_n, c_n = lstm_layer(x.flatten(0, 1), h0, c0, weights, batch_sizes)
         return output.view(*x.shape[:2], -1), h_n, c_n
     flat = [weight for direction in weights for weight in direction]
-    chunks = _chunks(batch_sizes, x.shape[1], h0.shape[2], len(weights))
+    chunks = _chunks(batch_sizes, x.shape[1], h0.shape[2], len(weights), x.dtype)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, h0, c0, *flat)):
         output, h_n, c_n, *_ = _PackedLayer.apply(x, h0, c0, batch_sizes, chunks, *flat)  # pyright: ignore
         return output, h_n, c_n
@@ -149,14 +151,14 @@ class _PackedLayer(torch.autograd.Function):
         """Save for backward.
 
         Beyond the inputs and the output that the caller holds anyway, a row and direction cost what oneDNN's forward
-        writes into its workspace, about 24H bytes in float32. Its backward writes several times as much into the
-        same workspace, so each is dropped as soon as it is used, and made again if the graph is walked twice. The
-        space for that is reserved from the start (64H bytes): torch's profiler counts it, but it is no memory until
-        it is written. What was gathered is gathered again.
+        writes into its workspace, about 24H bytes in float32 and 17H in bfloat16, where it is kept (`_memory`). Its
+        backward writes several times as much into the same workspace, so each is dropped as soon as it is used, and
+        made again if the graph is walked twice. The space for that is reserved from the start (64H bytes): torch's
+        profiler counts it, but it is no memory until it is written. What was gathered is gathered again.
         """
         x, h0, c0, batch_sizes, chunks, *flat = inputs
         rows, _, _, *states = output
-        ctx.mark_non_differentiable(*states)
+        ctx.mark_non_differentiable(*(tensor for tensor in states if tensor is not None))
         ctx.set_materialize_grads(False)  # a workspace needs no gradient of zeros
         ctx.workspaces = [states.pop(k) for k in range(4, 4 * len(states) // 5 + 1, 4)]
         ctx.save_for_backward(x, h0, c0, batch_sizes, *flat, rows, *states)
@@ -187,13 +189,13 @@ def _forward(
     flat: Sequence[Tensor | None],
     chunks: list[list[_Chunk]],
     save: bool,
-) -> tuple[Tensor, ...]:
+) -> tuple[Any, ...]:
     """Run every chunk of every direction; with `save`, return five more tensors a chunk for `_backward`."""
     H = h0.shape[2]
     output = x.new_zeros(len(x), len(h0) * H)
     h_n = torch.empty_like(h0, memory_format=torch.contiguous_format)
     c_n = torch.empty_like(h_n)
-    states: list[Tensor] = []
+    states: list[Tensor | None] = []
     for d, chunks_d in enumerate(chunks):
         weights, has_biases = _direction(flat, d)
         output_d = output[:, d * H : (d + 1) * H]
@@ -201,14 +203,14 @@ def _forward(
         h, c = h0[d].contiguous(), c0[d].float().contiguous()
         for chunk in chunks_d:
             before = h, c = h[: chunk.rows], c[: chunk.rows]
-            y, h, c, workspace = _run(_gather_input(x, chunk), weights, *before, has_biases, save)
+            y, h, c, workspace = _run(_gather_input(x, chunk), weights, *before, has_biases, save and chunk.keep)
             y = y.view(-1, H)
             output_d.index_add_(0, chunk.source, y)  # dead places add 0
             ended = slice(chunk.rows - len(chunk.ends), chunk.rows)
             h_n[d, ended] = y.index_select(0, chunk.ends)
             c_n[d, ended] = c[ended]
             if save:
-                states += (*before, h, c, workspace)
+                states += (*before, h, c, workspace if chunk.keep else None)
     return output, h_n, c_n, *states
 
 
@@ -225,7 +227,7 @@ def _backward(
     d_output, dh_n, dc_n = cotangents
     x, h0, c0, *flat = inputs
     H = h0.shape[2]
-    dx = torch.zeros_like(x, memory_format=torch.contiguous_format) if needs[0] else None
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format) if needs[0] else None
     dh0, dc0 = torch.empty_like(h0), torch.empty_like(c0)
     dflat: list[Tensor | None] = []
     for d, chunks_d in enumerate(chunks):
@@ -255,6 +257,9 @@ def _backward(
                 False, _LSTM, H, 1, has_biases, True, False, [], False, workspace,
             )  # fmt: skip
             if dx is not None:
+                if d == 0:  # written no sooner than a workspace is freed: what is not touched is no memory yet
+                    first = int(chunk.source[0])
+                    dx[first : first + len(chunk.source) - len(chunk.dead)] = 0
                 dx.index_add_(0, chunk.source, dx_chunk.flatten(0, 1)[:, : x.shape[1]].to(x.dtype))
             sums = [a.add_(b) for a, b in zip(sums, dweights, strict=True)] if sums else dweights
         dh0[d], dc0[d] = dh, dc
@@ -304,9 +309,10 @@ def _gather_input(x: Tensor, chunk: _Chunk) -> Tensor:
     return gathered.view(chunk.steps, chunk.rows, I + 1)
 
 
-def _chunks(batch_sizes: Tensor, I: int, H: int, D: int) -> list[list[_Chunk]]:  # noqa: E741
+def _chunks(batch_sizes: Tensor, I: int, H: int, D: int, dtype: torch.dtype) -> list[list[_Chunk]]:  # noqa: E741
     """Cut a packed layer into chunks, the same cuts for each of the D directions."""
-    cuts = _cut(batch_sizes, I, H)
+    most, keep = _memory(int(batch_sizes.sum()), I, H, dtype)
+    cuts = _cut(batch_sizes, I, H, most)
     chunks: list[list[_Chunk]] = [[] for _ in range(D)]
     lengths, offsets = reference.spans(batch_sizes)
     for (start, rows), (end, rows_after) in itertools.pairwise(cuts):
@@ -318,18 +324,31 @@ def _chunks(batch_sizes: Tensor, I: int, H: int, D: int) -> list[list[_Chunk]]: 
         ends = (last[rows_after:] - start) * rows + b[rows_after:]
         for d in range(D):
             source = offsets[last - step if d else step] + b
-            chunks[d].append(_Chunk(end - start, rows, source.flatten(), dead, ends))
+            chunks[d].append(_Chunk(end - start, rows, source.flatten(), dead, ends, keep))
     return chunks
 
 
-def _cut(batch_sizes: Tensor, I: int, H: int) -> list[tuple[int, int]]:  # noqa: E741
-    """Return (first step, rows active there) of each chunk, and (T, 0) as the last item.
+def _memory(N: int, I: int, H: int, dtype: torch.dtype) -> tuple[float, bool]:  # noqa: E741
+    """Return the most places that a chunk may have, and whether workspaces are kept for backward.
+
+    The bound is stock's memory, whose graph costs 48H bytes a row in float32 and 24H in bfloat16. A workspace costs 24H
+    or 17H of them, and a chunk in backward `place_bytes`. The gradients of the weights are float32 until all chunks are
+    summed, which in bfloat16 leaves room for workspaces only where rows are many.
+    """
+    if dtype == torch.float32:
+        place_bytes, free, keep = 32 * max(I, H) + 48 * H, 24 * H * N, True
+    else:
+        keep = N >= 6 * (I + H)
+        place_bytes, free = 12 * max(I, H) + 32 * H, 5 * H * N if keep else H * (16 * N - 28 * (I + H))
+    return max(_CHUNK_BYTES, free) / place_bytes, keep
+
+
+def _cut(batch_sizes: Tensor, I: int, H: int, most: float) -> list[tuple[int, int]]:  # noqa: E741
+    """Return (first step, rows active there) of each chunk of at most `most` places, and (T, 0) as the last item.
 
     A chunk ends where its dead places would come to cost more than another call.
     """
-    row_floats = 8 * max(I, H) + 12 * H  # oneDNN's backward, its workspace included
     rows_per_cut = _ROWS_PER_CUT + _FLOPS_PER_CUT / (8 * H * (I + H))
-    most = max(_CHUNK_BYTES / 4 / row_floats, int(batch_sizes.sum()) * 6 * H / row_floats)
     values, counts = batch_sizes.unique_consecutive(return_counts=True)
     cuts: list[tuple[int, int]] = []
     start = dead = cut_at = 0

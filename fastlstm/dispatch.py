@@ -194,16 +194,12 @@ def _decide_cpu(problem: Problem) -> tuple[str, str, str]:
             return "onednn", "chunks", "Stock would go step by step; chunks of steps run as dense oneDNN layers."
     else:
         obstacle = "oneDNN has no kernel for this dtype here"
-    # over few steps what a call costs outweighs stock's graph; wide bfloat16 GEMMs are all that counts, and stock's
-    # are faster; stock's float16 is slow with or without a graph
-    saves_graph = p.training and p.T >= 16 and not _wide_bfloat16(p)
+    # over few steps what a call costs outweighs stock's graph; in bfloat16 the loop, which computes in float32, takes
+    # up to twice stock's memory; stock's float16 is slow with or without a graph
+    saves_graph = p.training and p.T >= 16 and p.dtype != torch.bfloat16
     if saves_graph or (p.dtype == torch.float16 and p.B >= 8):
         return "reference", "loop", f"Since {obstacle}, plain torch runs the steps, its backward written by hand."
     return "torch", "stock", f"Since {obstacle}, stock's own loop over the steps is as fast as any."
-
-
-def _wide_bfloat16(p: Problem) -> bool:
-    return p.dtype == torch.bfloat16 and p.I + p.H >= 1024
 
 
 def _onednn_has(dtype: torch.dtype) -> bool:
@@ -215,14 +211,16 @@ def _onednn_has(dtype: torch.dtype) -> bool:
 
 def _obstacle_to_chunks(p: Problem) -> str:
     """Return why `cpu.py` would lose against a loop over the steps, or ''."""
-    # stock's float32 steps are the cheapest, those without a graph above all; a projection adds products of its own
-    shortest = (16 if p.training else 48) // (2 if p.dtype == torch.bfloat16 else 1)
+    bf16 = p.dtype == torch.bfloat16
+    # stock's steps without a graph are the cheapest, in float32 above all; a projection adds products of its own
+    shortest = 12 if p.training else 16 if bf16 else 24
     if (1.5 * shortest if p.P else shortest) > p.T:
         return "a sequence is too short to pay for the call"
     if p.H > 4 * p.P > 0:
         return "the state without its projection is more than four times as wide"
-    if p.I > 16 * p.H or _wide_bfloat16(p):
+    if p.I > 16 * p.H or (bf16 and p.I + p.H >= 1024):
         return "oneDNN is slow where the input is this wide"
-    if p.H * (p.I + p.H) > 1 << 16 and p.T * p.B < 4 * (p.I + p.H):
-        return "oneDNN's copies of the weights would take more memory than the steps"
+    fewest = 5 if bf16 else 4 if p.training else 2
+    if p.H * (p.I + p.H) > 1 << 16 and fewest * (p.I + p.H) > p.T * p.B:
+        return "oneDNN's copies of the weights would cost more than the steps"
     return ""
