@@ -76,5 +76,5 @@ def page(axes: Axes, text: str, colors: Sequence[str], title: str) -> None:
     for letter, color in zip(text, colors, strict=True):
         axes.text(column, -line, letter, family="monospace", fontsize=7, color=color, clip_on=True)
         line, column = (line + 1, 0) if letter == "\n" else (line, column + 1)
-    axes.set(title=title, xlim=(0, 66), ylim=(-17.5, 0.5))
+    axes.set(title=title, xlim=(0, 66), ylim=(-17.5, 1))
     axes.axis("off")
