@@ -118,7 +118,8 @@ def forward(
     if decision.regime == "step":
         output, h_n, c_n = stock.run_step(network, weights, data, states)
     elif decision.backend == "torch":
-        output, h_n, c_n = stock.run(network, weights, data, batch_sizes, states, decision.problem.training)
+        plain = functools.partial(_run_layers, backend="reference", stack=False)
+        output, h_n, c_n = stock.run(network, weights, data, batch_sizes, states, decision.problem.training, plain)
     else:
         stack = decision.regime == "wavefront"
         output, h_n, c_n = _run_layers(network, weights, data, batch_sizes, states, decision.implementation, stack)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
+from torch.utils.weak import TensorWeakRef
 
-from fastlstm import checks
+from fastlstm import autocast, checks
 from fastlstm.checks import Network, States
 from fastlstm.weights import directions
 
@@ -25,8 +27,12 @@ def run(
     batch_sizes: Tensor | None,
     states: States,
     training: bool,
+    plain: Callable[..., tuple[Tensor, Tensor, Tensor]],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Call stock's op for the whole network; `training` says whether a backward pass will follow."""
+    """Call stock's op for the whole network; `training` says whether a backward pass will follow.
+
+    `plain(network, weights, data, batch_sizes, states)` computes the same, and can be differentiated twice.
+    """
     train, dropout = network.training, network.dropout
     if data.is_cuda:
         weights = network.weights_for_cudnn(weights)
@@ -36,8 +42,55 @@ def run(
             train, dropout = True, 0.0
     flags = (network.bias, network.num_layers, dropout, train, network.bidirectional)
     if batch_sizes is None:
-        return _lstm(data, states, weights, *flags, network.batch_first)
-    return _lstm(data, batch_sizes, states, weights, *flags)
+        results = _lstm(data, states, weights, *flags, network.batch_first)
+    else:
+        results = _lstm(data, batch_sizes, states, weights, *flags)
+    node = results[0].grad_fn
+    # a mask of dropout is not to be had again: there torch's own error stays
+    if node is not None and node.name().startswith(_ONCE) and not (train and dropout and network.num_layers > 1):
+
+        def again(data: Tensor, *others: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            *weights, h0, c0 = others
+            return plain(network, weights, data, batch_sizes, (h0, c0))
+
+        _differentiate_twice(node, (data, *weights, *states), again)
+    return results
+
+
+# the backward passes of cuDNN and MIOpen have no derivative
+_ONCE = ("CudnnRnn", "MiopenRnn")
+
+
+def _differentiate_twice(
+    node: torch.autograd.graph.Node,
+    inputs: Sequence[Tensor],
+    again: Callable[..., tuple[Tensor, Tensor, Tensor]],
+) -> None:
+    """Where a graph of the backward pass is asked for, put gradients that have one in the place of the node's own.
+
+    Args:
+        node: what computes the gradients of `inputs`, in their order.
+        inputs: the node's; it saves them, and they are not kept alive beyond that.
+        again: computes the node's outputs from the inputs, differentiably.
+    """
+    references = [TensorWeakRef(tensor) for tensor in inputs]
+
+    def replace(gradients: tuple[Tensor | None, ...], cotangents: tuple[Tensor | None, ...]) -> Any:
+        saved = [reference() for reference in references]
+        present = [tensor for tensor in saved if tensor is not None]
+        if not torch.is_grad_enabled() or len(present) < len(saved):
+            return None
+        given = [cotangent for cotangent in cotangents if cotangent is not None]
+        # aliases, in the dtype that autocast has brought them to: other ways to the same tensors must not be counted
+        aliases = [tensor.view_as(tensor).to(given[0].dtype) for tensor in present]
+        with autocast.off(given[0].device):
+            outputs = again(*aliases)
+        used = [output for output, cotangent in zip(outputs, cotangents, strict=False) if cotangent is not None]
+        wanted = [alias for alias, gradient in zip(aliases, gradients, strict=True) if gradient is not None]
+        found = iter(torch.autograd.grad(used, wanted, given, create_graph=True))
+        return tuple(None if gradient is None else next(found) for gradient in gradients)
+
+    node.register_hook(replace)
 
 
 def run_step(network: Network, weights: list[Tensor], data: Tensor, states: States) -> tuple[Tensor, Tensor, Tensor]:
