@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import PackedSequence
 from fastlstm import stock
 
 REAL = stock._lstm
+ON_A_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
 
 def cudnn(data: Tensor, *arguments: Any) -> Any:
@@ -65,21 +66,27 @@ def test_gradgradcheck(options, form):
     assert torch.autograd.gradgradcheck(run, inputs, fast_mode=True)
 
 
-def test_only_what_is_asked_for():
-    """Some inputs without a gradient, one output unused, and float32 against the float64 reference."""
-    _, lstm = make_pair("torch")
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=ON_A_GPU)])
+@pytest.mark.parametrize("form", ["batch_first", "unsorted"])
+def test_only_what_is_asked_for(form, device, monkeypatch):
+    """Some inputs without a gradient, outputs unused, and float32 beside the reference in float64."""
+    if device == "cuda":
+        monkeypatch.setattr(stock, "_lstm", REAL)
+    _, lstm = make_pair("torch", bidirectional=True, batch_first=form == "batch_first")
     truth = copy.deepcopy(lstm).double()
     truth.backend = "reference"
     second = []
-    for module, dtype in ((lstm, torch.float32), (truth, torch.float64)):
+    for module, dtype in ((lstm.to(device), torch.float32), (truth, torch.float64)):
         module.weight_hh_l0.requires_grad_(False)
-        x = make_input("dense", dtype).requires_grad_()
+        x = make_input(form, dtype).to(next(module.parameters()).device)
+        data = x.data if isinstance(x, PackedSequence) else x
+        data.requires_grad_()
         _, (h_n, _) = module(x)
-        wanted = (x, module.weight_ih_l0)
+        wanted = data, module.weight_ih_l0
         first = torch.autograd.grad(h_n.square().sum(), wanted, create_graph=True)
         second.append(torch.autograd.grad(first[0].square().sum() + first[1].square().sum(), wanted))
     for got, expected in zip(*second, strict=True):
-        torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(got.double().cpu(), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_first_derivatives_are_stocks_own():
