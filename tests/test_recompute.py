@@ -73,6 +73,27 @@ def test_gates_are_at_most_one_unit_off(dtype, packed):
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_float32_gates_are_at_most_two_units_of_1_off(backend, packed):
+    """Sums in another order, and the kernels' tanh; the stored ones are themselves further from float64's."""
+    x, h0, c0, weights, batch_sizes = layer_arguments(packed, torch.float32)
+    output, _, _, gates, _ = autograd.lstm_forward(x, h0, c0, weights, batch_sizes, True, False, backend, False)
+    again = autograd.lstm_gates(x, h0, output, weights, batch_sizes)
+    assert (again - gates).abs().max() <= 2 * 2**-23
+
+
+def test_float32_gates_of_a_wide_layer():
+    T, B, I, H = 30, 8, 128, 256  # noqa: E741
+    weights = [weight.detach() for weight in torch.nn.LSTM(I, H).parameters()]
+    x, state = torch.randn(T * B, I), torch.zeros(1, B, H)
+    output, _, _, gates, _ = autograd.lstm_forward(x, state, state, weights, None, True, False, "reference", False)
+    truth = [weight.double() for weight in weights]
+    exact = autograd.lstm_forward(x.double(), *[state.double()] * 2, truth, None, True, False, "reference", False)[3]
+    assert (autograd.lstm_gates(x, state, output, weights, None) - gates).abs().max() <= 2 * 2**-23
+    assert (gates - exact).abs().max() > 2 * 2**-23
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
 def test_rows_in_pieces_give_the_same(packed, monkeypatch):
     x, h0, c0, weights, batch_sizes = layer_arguments(packed, torch.float64)
     output, _, _, gates, _ = autograd.lstm_forward(x, h0, c0, weights, batch_sizes, True, False, "reference", False)
