@@ -159,13 +159,12 @@ def run(
             if seconds > 60 * (options.minutes or SUITES[suite].minutes):
                 left_out[suite] = left_out.get(suite, 0) + 1
                 continue
-            measure = SUITES[suite].measure
             try:
-                row = run_workload(workload, device, budget_s=budget_s, suite=suite, measure=measure, peers=peers)
+                row = run_workload(workload, device, budget_s=budget_s, suite=suite, peers=peers)
             except torch.OutOfMemoryError as problem:  # of the check in float64, or of the input
                 console.print(f"{workload.name} is left out: {str(problem).splitlines()[0]}", highlight=False)
                 continue
-            if measure == "speed":
+            if SUITES[suite].measure == "speed":
                 for name, column in row["columns"].items():
                     column["peak_bytes"] = peak(workload, name) if column["ms"] else None
             add(result, row)

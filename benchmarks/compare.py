@@ -120,7 +120,7 @@ def _verdict(old: Row, new: Row, column: str, level: float, note: str) -> Verdic
 
 
 def _ratios(stock: Column, own: Column) -> list[float]:
-    if not own["samples"]:  # refused
+    if not (stock["samples"] and own["samples"]):  # one of them refused
         return []
     return [theirs / ours for theirs, ours in zip(stock["samples"], own["samples"], strict=True)]
 

@@ -49,7 +49,10 @@ def lines(result: Result) -> list[Line]:
             continue
         family = families["dense input" if row["kind"].startswith("dense") else "packed input (variable lengths)"]
         line = family.setdefault(label(row), Line(label(row), {}))
-        line.modes[row["training"]] = {name: column["ratio"] for name, column in row["columns"].items()}
+        # a time without a ratio, where stock failed, is no refusal
+        line.modes[row["training"]] = {
+            name: column["ratio"] for name, column in row["columns"].items() if column["ratio"] or not column["ms"]
+        }
     for job in result["jobs"]:
         text = f"character model, {job['steps']} steps"
         ratios: dict[str, Spread | None] = {name: column["ratio"] for name, column in job["columns"].items()}

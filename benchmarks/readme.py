@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from benchmarks.peers import OURS
-from benchmarks.results import FOLDER, RESIDENT, Result, Row, load, provenance, verdict
+from benchmarks.results import FOLDER, RESIDENT, Result, Row, load, outcome, provenance, verdict
 from benchmarks.tables import milliseconds
 
 README = FOLDER.parent.parent / "README.md"
@@ -26,8 +26,10 @@ def cell(row: Row | None, column: str) -> str:
     if row is None or column not in row["columns"]:
         return ""
     found, stock = row["columns"][column], next(iter(row["columns"].values()))
-    if not found["ms"] or not found["ratio"] or not stock["ms"]:
-        return "refused: " + found["status"].split(",")[0].split(":")[0]
+    if not found["ms"]:
+        return f"refused: {outcome(found)}"
+    if not found["ratio"] or not stock["ms"]:
+        return ""
     text = f"{found['ratio']['median']:.2f}x ({milliseconds(stock['ms'])} to {milliseconds(found['ms'])} ms)"
     return f"**{text}**" if verdict(found["ratio"]) == "slower" else text
 

@@ -58,6 +58,11 @@ def untimed(status: str, error: float | None = None, errors: dict[str, float | N
     }
 
 
+def outcome(column: Column) -> str:
+    """The first word of the status: "ok", "rough", "wrong result", "failed" or "not supported"."""
+    return column["status"].split(":")[0]
+
+
 class Row(TypedDict):
     """One workload. `route` is what fastlstm.explain answers: backend and regime."""
 
