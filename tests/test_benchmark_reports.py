@@ -185,12 +185,60 @@ def test_interrupted_run_goes_on(tmp_path, monkeypatch, command):
     assert [row["name"] for row in results.load(path)["rows"]] == ["b/dense/fp32/forward"]
 
 
+FAST = ["--device=cpu", "--budget=0.01", "--filter=^g/dense/fp32/forward"]
+
+
+def test_interruption_before_the_first_row_leaves_the_file(tmp_path, monkeypatch, capsys, command):
+    path = tmp_path / "result.json"
+    results.save(make_result(), path)  # of another code: a row would begin it anew
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "probe", interrupt)
+    assert command.main([*FAST, f"--json={path}"]) == 2
+    assert results.load(path) == make_result()
+    assert "nothing was measured" in capsys.readouterr().out
+
+
+def test_a_file_that_goes_on_keeps_what_it_says_and_gets_what_it_lacks(tmp_path, monkeypatch, command):
+    path, probed = tmp_path / "result.json", []
+    monkeypatch.setattr(command, "source", lambda: "5eed")
+    monkeypatch.setattr(command, "probe", lambda _, dtypes: probed.append(dtypes) or dict.fromkeys(dtypes, 1.0))
+    monkeypatch.setattr(charlm, "train", lambda steps, *_, **__: {"steps": steps})
+    monkeypatch.setattr(command, "print_report", lambda *_: None)
+    monkeypatch.setattr(command, "refusals", lambda _: [])
+    arguments = [f"--json={path}", "--device=cpu", "--budget=0.01"]
+    first = ["--filter=^(charlm|g/dense/fp32/forward)", "--peer=haste", "--steps=3"]
+    assert command.main([*arguments, *first]) == 0
+    assert command.main([*arguments, "--filter=^(charlm|a/.*fp64)", "--peer=eager", "--steps=2"]) == 0
+    assert probed == [{"fp32"}, {"fp64"}]
+    result = results.load(path)
+    assert result["probe"].keys() == {"fp32", "fp64"}
+    assert list(result["columns"]) == [STOCK, OURS, EAGER]
+    assert result["absent"] == {"haste": "needs a GPU"}
+    assert result["jobs"] == [{"steps": 3}]  # the longer one
+    monkeypatch.setitem(PEERS, "haste", PEERS[EAGER])
+    assert command.main([*arguments, "--filter=^g/dense/fp32/forward", "--peer=haste"]) == 0
+    assert results.load(path)["absent"] == {}
+    assert len(probed) == 2
+    assert command.main([*arguments, "--fresh", "--filter=^charlm", "--steps=0"]) == 2  # nothing to do
+
+
+def test_command_refuses_what_it_cannot_use(tmp_path, capsys, command):
+    path = tmp_path / "result.json"
+    path.write_text("[]")
+    assert command.main([*FAST, f"--json={path}"]) == 2
+    assert "not a result file; --fresh replaces it" in capsys.readouterr().err
+    assert path.read_text() == "[]"
+    for wrong in (f"--json={tmp_path / 'page.html'}", "--filter=("):
+        with pytest.raises(SystemExit, match="2"):
+            command.main([*FAST, wrong])
+
+
 def test_refusal_fails_the_command(tmp_path, monkeypatch, capsys, command):
     monkeypatch.setitem(PEERS, OURS, Peer(Scaled, ""))
-    status = command.main(
-        ["--device=cpu", "--budget=0.01", "--filter=^g/.*forward", f"--json={tmp_path / 'result.json'}"]
-    )
-    assert status == 1
+    assert command.main([*FAST, f"--json={tmp_path / 'result.json'}"]) == 1
     printed = capsys.readouterr().out
     assert "refused g/dense/fp32/forward, fastlstm: wrong result" in " ".join(printed.split())
 
@@ -207,6 +255,8 @@ def test_command_lists_and_filters(capsys):
     assert all("bf16" in name for name in names[:-1])
     assert any(line.startswith("column flashrnn: ") for line in lines)
     assert main(["--device=cpu", "--filter=nothing like it"]) == 2
+    assert main(["--device=cpu", "--list", "--quick", "--dtype=fp16", "--filter=packed"]) == 0
+    assert "f/packed/fp16/train" in capsys.readouterr().out.splitlines()
 
 
 def noisy_result(slowdown: float, seed: int, rows: int = 40, rounds: int = 60) -> results.Result:
@@ -247,6 +297,10 @@ def test_gate_sees_one_slower_row_and_nothing_else(tmp_path, capsys):
     assert main(["compare", paths[0], paths[2]]) == 0
     results.save({**make_result(), "rows": []}, Path(paths[2]))
     assert main(["compare", paths[0], paths[2]]) == 2
+    Path(paths[2]).write_text("[]")
+    for path in (paths[2], str(tmp_path / "none.json")):
+        with pytest.raises(SystemExit, match="2"):
+            main(["compare", paths[0], path])
 
 
 def test_gate_says_unclear_where_noise_hides_the_answer():
@@ -277,8 +331,22 @@ def test_gate_sees_refusals_memory_and_missing_samples():
     assert [verdict.word for verdict in verdicts] == ["refused", "more memory", "unclear", "even"]
     assert "2.00x the bytes" in verdicts[1].note
     assert "route" in verdicts[3].note
+    assert [verdict.word for verdict in compare(new, old)][:2] == ["unclear", "even"]
     old["settings"] = {**old["settings"], "memory": results.TENSORS}
     assert [verdict.word for verdict in compare(old, new)] == ["refused", "even", "unclear", "even"]
+
+
+def test_gate_judges_a_suite_that_times_nothing_by_its_checks():
+    from benchmarks.compare import compare
+
+    old = make_result()
+    row: Any = {**make_row("dense", True, 1.0), "suite": "accuracy", "columns": {}}
+    row["columns"] = {STOCK: results.untimed("ok"), OURS: results.untimed("ok")}
+    old["rows"] = [row]
+    assert [verdict.word for verdict in compare(old, old)] == ["even"]
+    new: Any = {**old, "rows": [{**row, "columns": {**row["columns"], OURS: results.untimed("wrong result: dx")}}]}
+    assert [verdict.word for verdict in compare(old, new)] == ["refused"]
+    assert [verdict.word for verdict in compare(new, new)] == ["even"]
 
 
 def make_full_result() -> Any:

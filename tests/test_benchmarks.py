@@ -22,7 +22,7 @@ from benchmarks.measure import check, make_step, run_workload
 from benchmarks.peers import EAGER, INPUT_PRODUCT, OURS, PEERS, STOCK, STOCK_LSTM, EagerLSTM, Peer
 from benchmarks.plot import lines
 from benchmarks.readme import readme_table
-from benchmarks.suites import MAX_FLOPS, SUITES, quick_workloads
+from benchmarks.suites import MAX_FLOPS, SUITES, in_dtypes, quick_workloads
 from benchmarks.tables import Cell, tables
 from benchmarks.timing import interleave, spread
 from benchmarks.workloads import Shape, Workload
@@ -66,10 +66,8 @@ def test_suites(suite, device_type):
     assert SUITES[suite].peers[:2] == (STOCK, OURS)
     assert set(SUITES[suite].peers) <= PEERS.keys()
     assert max(workload.flops for workload in workloads) <= MAX_FLOPS[device_type]
-    assert {workload.dtype for workload in SUITES[suite].workloads(device_type, ["fp32"])} == {"fp32"}
-    if suite != "default":  # whose rows each need their own dtype
-        asked = SUITES[suite].workloads(device_type, ["fp16"])
-        assert {workload.dtype for workload in asked} == {"fp16"}
+    assert {workload.dtype for workload in in_dtypes(workloads, ["fp32"])} == {"fp32"}
+    assert {workload.dtype for workload in in_dtypes(workloads, ["fp16", "fp64"])} == {"fp16", "fp64"}
 
 
 @pytest.mark.parametrize("device_type", ["cpu", "cuda"])
@@ -265,7 +263,8 @@ def test_without_stock_there_is_a_time_but_no_ratio():
     assert row["columns"]["wrong"]["status"].startswith("wrong result")
 
     row["name"], row["kind"] = "b/dense/fp32/forward", "dense"
-    result = {**make_result(), "rows": [row]}
+    result = make_result()
+    result["rows"] = [row]
     (table,) = tables(result)
     shown = dict(zip(table.header, table.rows[0], strict=True))
     assert shown["ratio"] == Cell("")
