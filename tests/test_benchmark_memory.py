@@ -36,6 +36,7 @@ def test_reserved_memory_is_no_memory_until_it_is_touched():
         touched = torch.ones(48 * MiB, dtype=torch.uint8)
         return touched, torch.empty(96 * MiB, dtype=torch.uint8)
 
+    torch.ones(96 * MiB, dtype=torch.uint8)  # an earlier peak, which does not count
     assert tensor_peak(step) >= 144 * MiB
     assert 47 * MiB < resident_peak(step) < 52 * MiB
 

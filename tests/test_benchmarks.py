@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 import math
 import sys
@@ -21,12 +22,13 @@ from benchmarks.compare import compare
 from benchmarks.measure import check, make_step, run_workload
 from benchmarks.peers import EAGER, INPUT_PRODUCT, OURS, PEERS, STOCK, STOCK_LSTM, EagerLSTM, Peer
 from benchmarks.plot import lines
+from benchmarks.probe import BANDWIDTH, _best, probe
 from benchmarks.readme import readme_table
 from benchmarks.suites import MAX_FLOPS, SUITES, in_dtypes, quick_workloads
 from benchmarks.tables import Cell, tables
 from benchmarks.timing import interleave, spread
 from benchmarks.workloads import Shape, Workload
-from fastlstm import explain
+from fastlstm import dispatch, explain
 
 CPU = torch.device("cpu")
 THREE = {name: PEERS[name] for name in (STOCK, OURS, EAGER)}
@@ -387,6 +389,31 @@ def test_short_calls_are_averaged():
 def test_spread():
     assert spread([5.0, 1.0, 2.0, 4.0, 3.0, 6.0]) == {"median": 3.5, "p20": 2.0, "p80": 5.0}
     assert spread([7.0]) == {"median": 7.0, "p20": 7.0, "p80": 7.0}
+
+
+@pytest.mark.parametrize("fastest", ["product", "onednn product", "onednn lstm", "no onednn"])
+def test_roofs_count_bytes_and_operations(monkeypatch, fastest):
+    """Where each takes a given time, the figures are what was counted."""
+    product, lstm = 2 * 512**3, Workload(Shape("s", 8, 256, 512, 512)).flops
+    counts = {"product": product, "onednn product": product, "onednn lstm": lstm}
+    if fastest == "no onednn":
+        counts = {"product": product}
+    elif not dispatch._onednn_has(torch.float32):
+        pytest.skip("needs oneDNN")
+    monkeypatch.setattr(dispatch, "_onednn_has", lambda _: fastest != "no onednn")
+    # at 2 GFLOP/s the fastest, at 1 the others; the copy, of 2^28 bytes, takes two seconds
+    seconds = [count / (2e9 if name == fastest else 1e9) for name, count in counts.items()]
+    answers = iter([2.0, *seconds])
+    monkeypatch.setattr("benchmarks.probe._best", lambda step, _: step() is not None and next(answers))
+    assert probe(CPU, {"fp32"}) == {BANDWIDTH: 0.2684, "fp32": 1.0 if fastest == "no onednn" else 2.0}
+    assert list(answers) == []
+
+
+def test_a_roof_is_the_best_of_many_calls(monkeypatch):
+    called, times = [], itertools.chain([3.0, 1.0, 2.0], itertools.repeat(5.0))
+    monkeypatch.setattr("benchmarks.probe.sample_seconds", lambda step, _: next(times))
+    assert _best(lambda: called.append(1), CPU) == 1.0
+    assert called == [1]  # outside the clock, to compile and prepare
 
 
 def test_character_model_learns_alike():
