@@ -11,9 +11,6 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 import torch
-
-mpl.use("Agg")
-import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, LogNorm
 from matplotlib.figure import Figure
@@ -62,16 +59,16 @@ def charts(result: Result) -> Iterator[Chart]:
 
 
 def svg(figure: Figure) -> str:
-    """Close a figure and return its SVG element, without the XML header; text stays text."""
+    """Return a figure's SVG element, without the XML header; text stays text."""
     file = io.StringIO()
     figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
-    plt.close(figure)
     text = file.getvalue()
     return text[text.index("<svg") :]
 
 
 def _small(ylabel: str, xlabel: str, size: tuple[float, float] = SMALL) -> tuple[Figure, Axes]:
-    figure, axis = plt.subplots(figsize=size, layout="constrained")
+    figure = Figure(figsize=size, layout="constrained")
+    axis = figure.subplots()
     axis.set_xlabel(xlabel)
     axis.set_ylabel(ylabel)
     return figure, axis
@@ -139,18 +136,12 @@ def _heat_maps(result: Result) -> Iterator[Chart]:
 
 
 def _times_per_step(result: Result) -> Iterator[Chart]:
-    """Microseconds a step against T, for the (H, B) of the sweep with the most T."""
-    rows = [row for row in result["rows"] if row["suite"] == "sweep"]
-    groups = {
-        key: sorted(group, key=lambda row: row["shape"]["T"])
-        for key, group in _grouped(
-            rows, lambda row: (row["training"], row["shape"]["H"], row["shape"]["B"], _mode(row))
-        ).items()
-        if len(group) >= 3
-    }
+    """Microseconds a step against T, for up to eight of the sweep's (H, B) with three T or more."""
+    rows = sorted((row for row in result["rows"] if row["suite"] == "sweep"), key=lambda row: row["shape"]["T"])
+    groups = _grouped(rows, lambda row: (row["training"], row["shape"]["H"], row["shape"]["B"], _mode(row)))
     colors = _colors(result)
     for training in (False, True):
-        keys = sorted(key for key in groups if key[0] == training)
+        keys = sorted(key for key, group in groups.items() if key[0] == training and len(group) >= 3)
         # at most four, spread evenly over the sizes
         for key in [keys[len(keys) * (2 * i + 1) // 8] for i in range(4)] if len(keys) > 4 else keys:
             figure, axis = _small("microseconds a step", "T, steps")
@@ -172,7 +163,7 @@ def _rooflines(result: Result) -> Iterator[Chart]:
     """GFLOP/s against the intensity of a recurrence that reads its weights anew in every step."""
     roofs = result["probe"]
     suites = ("default", "deepbench", "flashrnn", "sweep")
-    rows = [row for row in result["rows"] if row["suite"] in suites and row["weight_bytes"] and row["dtype"] in roofs]
+    rows = [row for row in result["rows"] if row["suite"] in suites and row["dtype"] in roofs]
     for mode, group in sorted(_grouped(rows, _mode).items()):
         peak, bandwidth = roofs[group[0]["dtype"]], roofs[BANDWIDTH]
         figure, axis = _small("GFLOP/s", "FLOP per byte of weights, were they read in every step")
@@ -189,7 +180,6 @@ def _rooflines(result: Result) -> Iterator[Chart]:
                     *zip(*points, strict=True), "o" if name == OURS else "x", markersize=4, color=color, label=name
                 )
         if not shown:
-            plt.close(figure)
             continue
         knee = peak / bandwidth
         low, high = min([knee / 4, *(x / 2 for x, _ in shown)]), max([knee * 4, *(x * 2 for x, _ in shown)])
@@ -205,12 +195,11 @@ def _rooflines(result: Result) -> Iterator[Chart]:
 
 def _accuracy(result: Result) -> Iterator[Chart]:
     """The error of a tensor to float64 against T, a line for each column; one scale for all tensors of a dtype."""
-    rows = [row for row in result["rows"] if row["suite"] == "accuracy"]
+    rows = sorted((row for row in result["rows"] if row["suite"] == "accuracy"), key=lambda row: row["shape"]["T"])
     colors = _colors(result)
     # wide and pale under narrow, for lines that lie on one another are the answer that one hopes for
     looks = {STOCK: {"linewidth": 6, "alpha": 0.25}, OURS: {"linewidth": 2.5}}
     for key, group in _grouped(rows, lambda row: f"{row['dtype']}, {row['kind']}").items():
-        group.sort(key=lambda row: row["shape"]["T"])
         epsilon = torch.finfo(DTYPES[group[0]["dtype"]]).eps
         found = [item for row in group for column in row["columns"].values() for item in column["errors"].items()]
         there = {tensor for tensor, error in found if error}
@@ -254,7 +243,6 @@ def _memory(result: Result) -> Iterator[Chart]:
                 label = "packed input" if packed else "dense input"
                 axis.plot(*zip(*points, strict=True), "o", markersize=4, color=color, label=label)
         if not drawn:
-            plt.close(figure)
             continue
         axis.axhline(1, color=INK, linewidth=0.9, zorder=0)
         low, high = axis.get_ylim()

@@ -13,7 +13,7 @@ import jinja2
 import matplotlib as mpl
 
 from benchmarks.charts import charts, svg
-from benchmarks.plot import figure
+from benchmarks.plot import figure, lines
 from benchmarks.report import refusals
 from benchmarks.results import Result, load, provenance
 from benchmarks.tables import markdown, summaries, tables
@@ -24,8 +24,9 @@ NOTES = {
     "Time of a step as sequences grow": "The median time of a call / T.",
     "Roofline: against what this machine can do": "The flat roof is a matrix product (float32: without TF32) or, on a "
     "CPU, oneDNN's product or LSTM on a large batch, whichever is fastest; the slanted one a copy; both are measured "
-    "before the run. A point above the slanted roof is only possible where the weights stay in registers or caches "
-    "between steps; one above the flat roof shows that the clock has risen since.",
+    "before the run. The input product's weights count too, though one product for all steps reads them less often: a "
+    "point more than (I + H) / H above the slanted roof is only possible where the recurrent weights stay in registers "
+    "or caches between steps; one above the flat roof shows that the clock has risen since.",
     "Accuracy as sequences grow": "The largest absolute difference, relative to the largest magnitude in the float64 "
     "result or to 1. The dotted line is the dtype's machine epsilon.",
     "Memory at the peak of a call": "What one call needs at its peak beyond what is held before it, its results and "
@@ -39,10 +40,8 @@ def write_page(result: Result, path: Path) -> Path:
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
-    bars = ""
-    if any(row["suite"] == "default" for row in result["rows"]):
-        with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "fastlstm"}):
-            bars = svg(figure(result))
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "fastlstm"}):
+        bars = svg(figure(result)) if lines(result) else ""
     sections = [
         {"title": title, "note": NOTES[title], "charts": list(group)}
         for title, group in groupby(charts(result), key=lambda chart: chart.section)
@@ -56,7 +55,6 @@ def write_page(result: Result, path: Path) -> Path:
         sections=sections,
         tables=list(tables(result)),
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
     path.with_suffix(".md").write_text(markdown(result))
     return path

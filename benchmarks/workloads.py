@@ -32,9 +32,6 @@ class Shape:
     I: int  # noqa: E741
     H: int
 
-    def __str__(self) -> str:
-        return f"T={self.T} B={self.B} I={self.I} H={self.H}"
-
 
 @dataclass(frozen=True)
 class Workload:
@@ -71,14 +68,9 @@ class Workload:
         return "-".join([source, *network])
 
     @cached_property
-    def group(self) -> str:
-        """The name without the mode."""
-        return f"{self.shape.name}/{self.kind}/{self.dtype}"
-
-    @cached_property
     def name(self) -> str:
         """The full name."""
-        return f"{self.group}/{'train' if self.training else 'forward'}"
+        return f"{self.shape.name}/{self.kind}/{self.dtype}/{'train' if self.training else 'forward'}"
 
     @property
     def arguments(self) -> dict[str, Any]:

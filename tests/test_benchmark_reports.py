@@ -16,8 +16,11 @@ import pytest
 import torch
 from benchmark_helpers import Scaled, make_column, make_result, make_row
 
-from benchmarks import charlm, results
+from benchmarks import __main__, charlm, machine, plot, results
+from benchmarks.charts import charts
+from benchmarks.compare import compare
 from benchmarks.measure import run_workload
+from benchmarks.page import NOTES, write_page
 from benchmarks.peers import EAGER, OURS, PEERS, STOCK, Peer
 from benchmarks.readme import README, README_TABLE, fill_readme, readme_table
 from benchmarks.suites import SUITES
@@ -99,12 +102,24 @@ def test_committed_results_are_readable():
 
 
 def test_plot_of_winner_loser_and_refusal(tmp_path):
-    plot = pytest.importorskip("benchmarks.plot", reason="needs matplotlib", exc_type=ImportError)
     plot.draw(make_result(), tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     labels = [line.label for line in plot.lines(make_result())]
     assert labels[0] == "dense input"
     assert labels[2] == "packed input (variable lengths)"
+
+
+def test_plot_names_what_it_has_drawn(tmp_path, monkeypatch, capsys):
+    for name, suite in (("drawn", "default"), ("empty", "sweep")):
+        rows: Any = [{**make_row("dense", True, 2.0), "suite": suite}]
+        results.save({**make_result(), "rows": rows}, tmp_path / f"{name}.json")
+    monkeypatch.setattr(sys, "argv", ["-", *(str(tmp_path / f"{name}.json") for name in ("drawn", "empty"))])
+    plot.main()
+    drawn, empty = capsys.readouterr().out.splitlines()
+    assert drawn == str(tmp_path / "drawn.png")
+    assert Path(drawn).exists()
+    assert empty == f"{tmp_path / 'empty.json'} holds nothing of the default suite"
+    assert not (tmp_path / "empty.png").exists()
 
 
 @pytest.mark.parametrize(
@@ -122,13 +137,7 @@ def test_verdict(p20, median, p80, expected):
     assert results.verdict({"p20": p20, "median": median, "p80": p80}) == expected
 
 
-def needs_extras():
-    for name in ("rich", "matplotlib", "psutil"):
-        pytest.importorskip(name, reason="needs the extra bench")
-
-
 def test_command_writes_figures_and_plot(tmp_path):
-    needs_extras()
     path = tmp_path / "result.json"
     arguments = ["--quick", "--device=cpu", "--threads=1", "--budget=0.01", "--filter=^g/", f"--json={path}"]
     done = subprocess.run([sys.executable, "-m", "benchmarks", *arguments], cwd=ROOT, capture_output=True, text=True)
@@ -152,14 +161,11 @@ def test_command_writes_figures_and_plot(tmp_path):
 @pytest.fixture
 def command(monkeypatch):
     """`python -m benchmarks` without pictures, probes and other processes."""
-    needs_extras()
-    from benchmarks import __main__ as command
-
-    monkeypatch.setattr(command, "probe", lambda *_: {"fp32": 1.0, "bandwidth GB/s": 1.0})
+    monkeypatch.setattr(__main__, "probe", lambda *_: {"fp32": 1.0, "bandwidth GB/s": 1.0})
     monkeypatch.setattr("benchmarks.memory.way", lambda _: results.TENSORS)
-    monkeypatch.setattr(command, "draw", lambda *_: None)
-    monkeypatch.setattr(command, "write_page", lambda _, path: path)
-    return command
+    monkeypatch.setattr(__main__, "draw", lambda *_: None)
+    monkeypatch.setattr(__main__, "write_page", lambda _, path: path)
+    return __main__
 
 
 def test_interrupted_run_goes_on(tmp_path, monkeypatch, command):
@@ -244,18 +250,15 @@ def test_refusal_fails_the_command(tmp_path, monkeypatch, capsys, command):
 
 
 def test_command_lists_and_filters(capsys):
-    needs_extras()
-    from benchmarks.__main__ import main
-
-    assert main(["--device=cpu", "--list", "--filter=packed.*bf16|charlm"]) == 0
+    assert __main__.main(["--device=cpu", "--list", "--filter=packed.*bf16|charlm"]) == 0
     lines = capsys.readouterr().out.splitlines()
     names = [line for line in lines if not line.startswith("column ")]
     assert names[-1] == charlm.NAME
     assert "b/packed/bf16/train" in names
     assert all("bf16" in name for name in names[:-1])
     assert any(line.startswith("column flashrnn: ") for line in lines)
-    assert main(["--device=cpu", "--filter=nothing like it"]) == 2
-    assert main(["--device=cpu", "--list", "--quick", "--dtype=fp16", "--filter=packed"]) == 0
+    assert __main__.main(["--device=cpu", "--filter=nothing like it"]) == 2
+    assert __main__.main(["--device=cpu", "--list", "--quick", "--dtype=fp16", "--filter=packed"]) == 0
     assert "f/packed/fp16/train" in capsys.readouterr().out.splitlines()
 
 
@@ -275,10 +278,6 @@ def noisy_result(slowdown: float, seed: int, rows: int = 40, rounds: int = 60) -
 
 
 def test_gate_sees_one_slower_row_and_nothing_else(tmp_path, capsys):
-    needs_extras()
-    from benchmarks.__main__ import main
-    from benchmarks.compare import compare
-
     for seed in range(5):
         alike = compare(noisy_result(1.0, seed), noisy_result(1.0, seed + 100))
         assert {verdict.word for verdict in alike} <= {"even", "unclear"}
@@ -291,21 +290,19 @@ def test_gate_sees_one_slower_row_and_nothing_else(tmp_path, capsys):
     paths = [str(tmp_path / name) for name in ("old.json", "new.json", "other.json")]
     for path, slowdown in zip(paths, (1.0, 1.2, 1.0), strict=True):
         results.save(noisy_result(slowdown, 0), Path(path))
-    assert main(["compare", paths[0], paths[1]]) == 1
+    assert __main__.main(["compare", paths[0], paths[1]]) == 1
     assert "7/packed/fp32/train slower" in " ".join(capsys.readouterr().out.split())
-    assert main(["compare", paths[1], paths[0]]) == 0  # faster
-    assert main(["compare", paths[0], paths[2]]) == 0
+    assert __main__.main(["compare", paths[1], paths[0]]) == 0  # faster
+    assert __main__.main(["compare", paths[0], paths[2]]) == 0
     results.save({**make_result(), "rows": []}, Path(paths[2]))
-    assert main(["compare", paths[0], paths[2]]) == 2
+    assert __main__.main(["compare", paths[0], paths[2]]) == 2
     Path(paths[2]).write_text("[]")
     for path in (paths[2], str(tmp_path / "none.json")):
         with pytest.raises(SystemExit, match="2"):
-            main(["compare", paths[0], path])
+            __main__.main(["compare", paths[0], path])
 
 
 def test_gate_says_unclear_where_noise_hides_the_answer():
-    from benchmarks.compare import compare
-
     old: Any = noisy_result(1.0, 0, rows=40)
     new: Any = noisy_result(1.0, 1, rows=40)
     generator = np.random.default_rng(2)
@@ -318,8 +315,6 @@ def test_gate_says_unclear_where_noise_hides_the_answer():
 
 
 def test_gate_sees_refusals_memory_and_missing_samples():
-    from benchmarks.compare import compare
-
     old: Any = noisy_result(1.0, 0, rows=4)
     new: Any = noisy_result(1.0, 0, rows=4)
     new["rows"][0]["columns"][OURS] = make_column(None)
@@ -337,8 +332,6 @@ def test_gate_sees_refusals_memory_and_missing_samples():
 
 
 def test_gate_judges_a_suite_that_times_nothing_by_its_checks():
-    from benchmarks.compare import compare
-
     old = make_result()
     row: Any = {**make_row("dense", True, 1.0), "suite": "accuracy", "columns": {}}
     row["columns"] = {STOCK: results.untimed("ok"), OURS: results.untimed("ok")}
@@ -363,10 +356,6 @@ def make_full_result() -> Any:
 
 
 def test_page_stands_alone_and_shows_everything(tmp_path):
-    needs_extras()
-    from benchmarks.charts import charts
-    from benchmarks.page import NOTES, write_page
-
     result = make_full_result()
     drawn = list(charts(result))
     assert {chart.section for chart in drawn} == NOTES.keys()
@@ -390,9 +379,6 @@ def test_page_stands_alone_and_shows_everything(tmp_path):
 
 
 def test_commit_outside_git(monkeypatch, tmp_path):
-    needs_extras()
-    from benchmarks import machine
-
     monkeypatch.setattr(machine, "ROOT", tmp_path)
     assert machine.commit() == (None, None)
 
