@@ -128,10 +128,7 @@ def train(
     held_out = make_batch([lines[index] for index in order[:HELD_OUT]], device)
     drawn = [order[HELD_OUT + k % (len(order) - HELD_OUT)] for k in range(steps * BATCH)]
 
-    trainees = {
-        STOCK: Trainee(STOCK_LSTM, device, torch.float32),
-        OURS: Trainee(make_lstm, device, torch.float32),
-    }
+    trainees = {STOCK: Trainee(STOCK_LSTM, device, torch.float32), OURS: Trainee(make_lstm, device, torch.float32)}
     truth = Trainee(STOCK_LSTM, device, torch.float64)
     with torch.no_grad():
         untrained = truth.model.loss(held_out).item() / math.log(2)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib as mpl
 import numpy as np
@@ -42,20 +41,26 @@ STYLE: Any = {
 SMALL = (4.3, 3.1)  # inches: one column of a page, the width of a phone
 
 
-@dataclass(frozen=True)
-class Chart:
-    """An SVG element, the heading that it stands under, and what it shows."""
+class Chart(NamedTuple):
+    """What is shown, and the SVG element."""
 
-    section: str
     title: str
     svg: str
 
 
-def charts(result: Result) -> Iterator[Chart]:
-    """Yield every chart for which the file holds rows."""
-    for make in (_heat_maps, _times_per_step, _rooflines, _accuracy, _memory):
-        with mpl.rc_context(STYLE):
-            yield from make(result)
+class Section(NamedTuple):
+    """Charts of one kind, under their heading and how to read them."""
+
+    title: str
+    note: str
+    charts: list[Chart]
+
+
+def sections(result: Result) -> list[Section]:
+    """Draw every chart for which the file holds rows."""
+    with mpl.rc_context(STYLE):
+        drawn = [Section(title, note, list(make(result))) for make, title, note in SECTIONS]
+    return [section for section in drawn if section.charts]
 
 
 def svg(figure: Figure) -> str:
@@ -132,7 +137,7 @@ def _heat_maps(result: Result) -> Iterator[Chart]:
         axis.set_yticks(np.arange(len(heights)) + 0.5, [str(H) for H in heights])
         axis.tick_params(length=0)
         axis.spines[:].set_visible(False)
-        yield Chart("Where is it faster: ratio to stock over H and B", f"T={T}, {mode}", svg(figure))
+        yield Chart(f"T={T}, {mode}", svg(figure))
 
 
 def _times_per_step(result: Result) -> Iterator[Chart]:
@@ -156,7 +161,7 @@ def _times_per_step(result: Result) -> Iterator[Chart]:
             _plain_log(axis, "x", sorted({row["shape"]["T"] for row in groups[key]}))
             axis.set_ylim(0)
             axis.legend()
-            yield Chart("Time of a step as sequences grow", f"H={key[1]}, B={key[2]}, {key[3]}", svg(figure))
+            yield Chart(f"H={key[1]}, B={key[2]}, {key[3]}", svg(figure))
 
 
 def _rooflines(result: Result) -> Iterator[Chart]:
@@ -190,7 +195,7 @@ def _rooflines(result: Result) -> Iterator[Chart]:
         _plain_log(axis, "y")
         axis.set_ylim(min([bandwidth * low / 3, *(y / 2 for _, y in shown)]), peak * 3)
         axis.legend(loc="lower right")
-        yield Chart("Roofline: against what this machine can do", mode, svg(figure))
+        yield Chart(mode, svg(figure))
 
 
 def _accuracy(result: Result) -> Iterator[Chart]:
@@ -221,7 +226,7 @@ def _accuracy(result: Result) -> Iterator[Chart]:
             axis.set_ylim(min([epsilon, *errors]) / 2, max([epsilon, *errors]) * 5)
             _plain_log(axis, "x", sorted({row["shape"]["T"] for row in group}))
             axis.legend(ncols=2, loc="upper left", fontsize=8)
-            yield Chart("Accuracy as sequences grow", f"{tensor}, {key}", svg(figure))
+            yield Chart(f"{tensor}, {key}", svg(figure))
 
 
 def _memory(result: Result) -> Iterator[Chart]:
@@ -250,4 +255,36 @@ def _memory(result: Result) -> Iterator[Chart]:
         axis.axhspan(1, axis.get_ylim()[1], color=SLOWER, alpha=0.05, linewidth=0)
         _plain_log(axis, "x")
         axis.legend()
-        yield Chart("Memory at the peak of a call", "training" if training else "forward", svg(figure))
+        yield Chart("training" if training else "forward", svg(figure))
+
+
+SECTIONS = (
+    (
+        _heat_maps,
+        "Where is it faster: ratio to stock over H and B",
+        "Stock's time / fastlstm's. Green is faster, red is slower than stock by more than its noise; grey was not "
+        "measured.",
+    ),
+    (_times_per_step, "Time of a step as sequences grow", "The median time of a call / T."),
+    (
+        _rooflines,
+        "Roofline: against what this machine can do",
+        "The flat roof is a matrix product (float32: without TF32) or, on a CPU, oneDNN's product or LSTM on a large "
+        "batch, whichever is fastest; the slanted one a copy; both are measured before the run. The input product's "
+        "weights count too, though one product for all steps reads them less often: a point more than (I + H) / H "
+        "above the slanted roof is only possible where the recurrent weights stay in registers or caches between "
+        "steps; one above the flat roof shows that the clock has risen since.",
+    ),
+    (
+        _accuracy,
+        "Accuracy as sequences grow",
+        "The largest absolute difference, relative to the largest magnitude in the float64 result or to 1. The dotted "
+        "line is the dtype's machine epsilon.",
+    ),
+    (
+        _memory,
+        "Memory at the peak of a call",
+        "What one call needs at its peak beyond what is held before it, its results and gradients included; above 1, "
+        "in the shaded part, fastlstm needs more than stock. None is drawn under half a MiB.",
+    ),
+)

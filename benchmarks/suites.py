@@ -129,11 +129,7 @@ def flashrnn(device_type: str) -> list[Workload]:
 
 def sweep(device_type: str) -> list[Workload]:
     """A log grid, in random order after every other value of each size, so that any beginning is a picture."""
-    sizes = (
-        (16, 64, 256, 1024, 4096),
-        (1, 4, 16, 64, 128, 512),
-        (32, 64, 128, 256, 512, 1024, 2048, 4096),
-    )
+    sizes = ((16, 64, 256, 1024, 4096), (1, 4, 16, 64, 128, 512), (32, 64, 128, 256, 512, 1024, 2048, 4096))
     grid = list(itertools.product(*sizes))
     random.Random(0).shuffle(grid)
     grid.sort(key=lambda point: any(values.index(size) % 2 for size, values in zip(point, sizes, strict=True)))

@@ -17,10 +17,10 @@ import torch
 from benchmark_helpers import Scaled, make_column, make_result, make_row
 
 from benchmarks import __main__, charlm, machine, plot, results
-from benchmarks.charts import charts
+from benchmarks.charts import SECTIONS, sections
 from benchmarks.compare import compare
 from benchmarks.measure import run_workload
-from benchmarks.page import NOTES, write_page
+from benchmarks.page import write_page
 from benchmarks.peers import EAGER, OURS, PEERS, STOCK, Peer
 from benchmarks.readme import README, README_TABLE, fill_readme, readme_table
 from benchmarks.suites import SUITES
@@ -357,8 +357,9 @@ def make_full_result() -> Any:
 
 def test_page_stands_alone_and_shows_everything(tmp_path):
     result = make_full_result()
-    drawn = list(charts(result))
-    assert {chart.section for chart in drawn} == NOTES.keys()
+    found = sections(result)
+    assert [section.title for section in found] == [title for _, title, _ in SECTIONS]
+    drawn = [chart for section in found for chart in section.charts]
     page = write_page(result, tmp_path / "page.html").read_text()
     parser = HTMLParser()
     seen = []
