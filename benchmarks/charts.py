@@ -120,16 +120,8 @@ def _heat_maps(result: Result) -> Iterator[Chart]:
             grid[y][x] = ratio["median"]
             loses = verdict(ratio) == "slower"
             color = "white" if not 0.7 < ratio["median"] < 1.6 else "#8c2410" if loses else INK
-            axis.text(
-                x + 0.5,
-                y + 0.5,
-                f"{ratio['median']:.2f}",
-                ha="center",
-                va="center",
-                fontsize=8,
-                color=color,
-                weight="bold" if loses else "normal",
-            )
+            look = {"fontsize": 8, "color": color, "weight": "bold" if loses else "normal"}
+            axis.text(x + 0.5, y + 0.5, f"{ratio['median']:.2f}", ha="center", va="center", **look)
         axis.set_facecolor("#ececec")
         # half and twice stock's speed are full color
         axis.pcolormesh(np.ma.masked_invalid(grid), cmap=SPLIT, norm=LogNorm(0.5, 2), edgecolors="white", linewidth=1)

@@ -42,10 +42,10 @@ class Verdict(NamedTuple):
     suite: str
     name: str
     word: Word
-    change: float | None
-    low: float | None
-    high: float | None
-    note: str
+    note: str = ""
+    change: float | None = None
+    low: float | None = None
+    high: float | None = None
 
 
 def bootstrap(old: Sequence[float], new: Sequence[float], level: float, seed: int = 0) -> tuple[float, float, float]:
@@ -102,9 +102,9 @@ def _verdict(old: Row, new: Row, level: float) -> Verdict:
     key = new["suite"], new["name"]
     before, now = (_ratios(row["columns"][STOCK], row["columns"][OURS]) for row in (old, new))
     if not b["ms"]:  # refused, or of a suite that times nothing
-        return Verdict(*key, "refused" if a["status"] == "ok" != b["status"] else "even", None, None, None, b["status"])
+        return Verdict(*key, "refused" if a["status"] == "ok" != b["status"] else "even", b["status"])
     if min(len(before), len(now)) < FEWEST_ROUNDS:
-        return Verdict(*key, "unclear", None, None, None, "too few samples")
+        return Verdict(*key, "unclear", "too few samples")
     change, low, high = bootstrap(before, now, level)
     word: Word = "even"
     if high < 1 and change < 1 - CHANGE:
@@ -114,7 +114,7 @@ def _verdict(old: Row, new: Row, level: float) -> Verdict:
     elif high > 1 + 2 * CHANGE or low < 1 - 2 * CHANGE:
         word = "unclear"
     note = "" if old["route"] == new["route"] else f"route: {old['route']} before, {new['route']} now"
-    return Verdict(*key, word, change, low, high, note)
+    return Verdict(*key, word, note, change, low, high)
 
 
 def _ratios(stock: Column, own: Column) -> list[float]:

@@ -52,6 +52,10 @@ def test_memory_is_measured_in_fresh_processes(monkeypatch):
         assert peak(Workload(Shape("tiny", 5, 4, 3, 6)), INPUT_PRODUCT) is not None
         assert peak(workload, "nobody") is None  # that process has died; the run goes on
         assert peak(workload, OURS) == pytest.approx(first, rel=0.1)
+        assert peak.server
+        peak.server.kill()
+        assert peak(workload, OURS) is None
+        assert peak(workload, OURS) == pytest.approx(first, rel=0.1)
     monkeypatch.setattr("benchmarks.memory.os.access", lambda *_: False)
     assert way(CPU) == TENSORS
     with Meter(CPU) as peak:
