@@ -106,7 +106,7 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         console.print("[bold]interrupted[/]: what was measured so far follows; the same command goes on from here\n")
     if not (result["rows"] or result["jobs"]):
-        console.out(f"nothing was measured, and {path} is left as it was")
+        console.out(f"nothing was measured, so {path} is not written")
         return 2
     print_report(result, console)
     save(result, path)
