@@ -10,7 +10,6 @@ import re
 import sys
 import time
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -28,7 +27,7 @@ from benchmarks.plot import draw
 from benchmarks.probe import probe
 from benchmarks.report import make_console, print_report, refusals
 from benchmarks.results import FOLDER, SCHEMA, Result, add, has, provenance, save, taken_up
-from benchmarks.suites import SUITES, quick_workloads
+from benchmarks.suites import SUITES, in_dtypes, quick_workloads
 from benchmarks.workloads import DTYPES, Workload
 
 JOB_STEPS = {True: 50, False: 300}  # by --quick
@@ -54,77 +53,89 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, metavar="N", help="training steps of the character model")
     parser.add_argument("--json", type=Path, metavar="FILE", help="default: benchmarks/results/local-DEVICE.json")
     parser.add_argument("--fresh", action="store_true", help="measure again what the file already holds")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    try:
+        re.compile(options.filter)
+    except re.error as problem:
+        parser.error(f"--filter {options.filter!r}: {problem}")
+    if options.json and options.json.suffix != ".json":
+        parser.error("--json: FILE ends in .json; its tables, picture and page differ from it by what they end in")
+    return options
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run; the exit status is 1 when fastlstm failed a correctness check, 2 when nothing was selected."""
+    """Run; the exit status is 1 when fastlstm failed a correctness check, 2 when nothing was selected or measured."""
     given = sys.argv[1:] if arguments is None else arguments
     if given[:1] == ["compare"]:
         return compare.main(given[1:])
     options = parse(given)
     device = find_device(options.device)
-    suites = options.suite or ["default"]
-    selected = [(suite, workload) for suite in suites for workload in select(suite, options, device)]
+    suites = dict.fromkeys(options.suite or ["default"])
+    selected = {suite: select(suite, options, device) for suite in suites}
     wants_job = "default" in suites and bool(re.search(options.filter, charlm.NAME))
     wants_job = wants_job and (not options.dtype or "fp32" in options.dtype)
+    names = [workload.name for workloads in selected.values() for workload in workloads] + [charlm.NAME] * wants_job
     if options.list:
-        print("\n".join([workload.name for _, workload in selected] + [charlm.NAME] * wants_job))
+        print("\n".join(names))
         for name, peer in PEERS.items():
             print(f"column {name}: {peer.missing(device) or peer.about}")
         return 0
-    if not selected and not wants_job:
+    if not names:
         print(f"no workload matches {options.filter!r}; --list prints the names", file=sys.stderr)
         return 2
 
-    if options.threads:
+    if options.threads is not None:
         torch.set_num_threads(options.threads)
     # stock says so on its projection rows, on every run
     warnings.filterwarnings("ignore", message="LSTM with projections is not supported with oneDNN")
     console = make_console()
     path = options.json or FOLDER / f"local-{device.type}.json"
-    result = describe(device)
-    if not options.fresh:
-        result = taken_up(result, path)
+    try:
+        result = describe(device) if options.fresh else taken_up(describe(device), path)
+    except ValueError as problem:
+        print(f"{problem}; --fresh replaces it", file=sys.stderr)
+        return 2
     console.print(f"[bold]fastlstm[/] against [bold]torch.nn.LSTM[/] on {escape(provenance(result))}\n")
     if kept := len(result["rows"]):
-        console.print(
-            f"{kept} rows of {path} come from the same code and machine and are kept; --fresh measures again\n"
-        )
+        console.out(f"{kept} rows of {path} come from the same code and machine and are kept; --fresh measures again\n")
 
     begin = time.perf_counter()
     try:
-        steps = (options.steps or JOB_STEPS[options.quick]) * wants_job
         with Meter(device) as peak:
-            run(result, path, selected, steps, device, options, console, peak)
+            run(result, path, selected, wants_job, options, console, peak)
     except KeyboardInterrupt:
         console.print("[bold]interrupted[/]: what was measured so far follows; the same command goes on from here\n")
+    if not (result["rows"] or result["jobs"]):
+        console.out(f"nothing was measured, so {path} is not written")
+        return 2
     print_report(result, console)
     save(result, path)
-    images = [draw(result, path.with_suffix(".png"))]
+    picture = draw(result, path.with_suffix(".png"))
     page = write_page(result, path.with_suffix(".html"))
     seconds = time.perf_counter() - begin
-    files = " ".join(str(file) for file in (path, path.with_suffix(".md"), *images) if file)
-    console.print(f"\n{seconds:.0f} s. Figures: {files}", soft_wrap=True, highlight=False)
-    console.print(f"Page: {page.resolve().as_uri()}", soft_wrap=True, highlight=False)
+    files = " ".join(str(file) for file in (path, path.with_suffix(".md"), picture) if file)
+    console.out(f"\n{seconds:.0f} s. Figures: {files}\nPage: {page.resolve().as_uri()}", highlight=False)
     return int(any(name == OURS for name, _ in refusals(result)))
 
 
-def select(suite: str, options: argparse.Namespace, device: torch.device) -> Iterator[Workload]:
+def select(suite: str, options: argparse.Namespace, device: torch.device) -> list[Workload]:
     """The workloads of a suite that the command line asks for."""
-    if suite == "default" and options.quick:
-        listed = iter(w for w in quick_workloads(device.type) if not options.dtype or w.dtype in options.dtype)
-    else:
-        listed = SUITES[suite].workloads(device.type, options.dtype)
-    return (workload for workload in listed if re.search(options.filter, workload.name))
+    quick = options.quick and suite == "default"
+    listed = quick_workloads(device.type) if quick else SUITES[suite].workloads(device.type)
+    if options.dtype:
+        listed = in_dtypes(listed, options.dtype)
+    return [workload for workload in listed if re.search(options.filter, workload.name)]
 
 
 def columns(suite: str, options: argparse.Namespace, result: Result, device: torch.device) -> dict[str, Peer]:
     """The columns of a suite that can run here, stock and fastlstm always; the others are entered as absent."""
-    names = dict.fromkeys((STOCK, OURS, *(options.peer or SUITES[suite].peers)))
-    reasons = {name: PEERS[name].missing(device) for name in names}
-    result["absent"] |= {name: reason for name, reason in reasons.items() if reason}
-    found = {name: PEERS[name] for name, reason in reasons.items() if not reason}
+    found = {}
+    for name in dict.fromkeys((STOCK, OURS, *(options.peer or SUITES[suite].peers))):
+        if reason := PEERS[name].missing(device):
+            result["absent"][name] = reason
+        else:
+            found[name] = PEERS[name]
+            result["absent"].pop(name, None)  # it may have come since the file was begun
     if "flashrnn" not in found and not options.peer:
         found.pop(INPUT_PRODUCT, None)  # there only to be fair to that one
     result["columns"] |= {name: peer.about for name, peer in found.items()}
@@ -134,49 +145,51 @@ def columns(suite: str, options: argparse.Namespace, result: Result, device: tor
 def run(
     result: Result,
     path: Path,
-    selected: list[tuple[str, Workload]],
-    steps: int,
-    device: torch.device,
+    selected: dict[str, list[Workload]],
+    wants_job: bool,
     options: argparse.Namespace,
     console: Console,
     peak: Meter,
 ) -> None:
     """Fill `result` and its file row by row, under a progress bar or, where there is no terminal, a line for each."""
-    budget_s = options.budget or BUDGET_S[options.quick]
-    if not result["probe"] and selected:
-        result["probe"] = probe(device, {workload.dtype for _, workload in selected} | {"fp32"})
+    device = peak.device
+    budget_s = BUDGET_S[options.quick] if options.budget is None else options.budget
+    steps = JOB_STEPS[options.quick] if options.steps is None else options.steps
+    listed = [workload for workloads in selected.values() for workload in workloads]
+    if dtypes := {workload.dtype for workload in listed} - result["probe"].keys():
+        result["probe"] |= probe(device, dtypes)
     shown = TextColumn("{task.description:<36}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    begun: dict[str, float] = {}
-    left_out: dict[str, int] = {}
+    count = 0
     with Progress(*shown, console=console, transient=True) as progress:
-        task = progress.add_task("", total=len(selected))
-        for count, (suite, workload) in enumerate(selected, 1):
-            peers = columns(suite, options, result, device)
-            seconds = time.perf_counter() - begun.setdefault(suite, time.perf_counter())
-            progress.update(task, description=workload.name, completed=count - 1)
-            if has(result, suite, workload.name, peers, budget_s):
-                continue
-            if seconds > 60 * (options.minutes or SUITES[suite].minutes):
-                left_out[suite] = left_out.get(suite, 0) + 1
-                continue
-            measure = SUITES[suite].measure
-            try:
-                row = run_workload(workload, device, budget_s=budget_s, suite=suite, measure=measure, peers=peers)
-            except torch.OutOfMemoryError as problem:  # of the check in float64, or of the input
-                console.print(f"{workload.name} is left out: {str(problem).splitlines()[0]}", highlight=False)
-                continue
-            if measure == "speed":
-                for name, column in row["columns"].items():
-                    column["peak_bytes"] = peak(workload, name) if column["ms"] else None
-            add(result, row)
-            save(result, path)
-            if not console.is_terminal:
-                console.print(f"{count}/{len(selected)} {suite} {workload.name}", highlight=False)
-        if steps and not any(job["steps"] == steps for job in result["jobs"]):
+        task = progress.add_task("", total=len(listed))
+        for suite, workloads in selected.items():
+            peers, begin, left_out = columns(suite, options, result, device), time.perf_counter(), 0
+            minutes = SUITES[suite].minutes if options.minutes is None else options.minutes
+            for workload in workloads:
+                count += 1
+                progress.update(task, description=workload.name, completed=count - 1)
+                if has(result, suite, workload.name, peers, budget_s):
+                    continue
+                if time.perf_counter() - begin > 60 * minutes:
+                    left_out += 1
+                    continue
+                try:
+                    row = run_workload(workload, device, budget_s=budget_s, suite=suite, peers=peers)
+                except torch.OutOfMemoryError as problem:  # of the check in float64, or of the input
+                    console.out(f"{workload.name} is left out: {str(problem).splitlines()[0]}", highlight=False)
+                    continue
+                if SUITES[suite].measure == "speed":
+                    for name, column in row["columns"].items():
+                        column["peak_bytes"] = peak(workload, name) if column["ms"] else None
+                add(result, row)
+                save(result, path)
+                if not console.is_terminal:
+                    console.out(f"{count}/{len(listed)} {suite} {workload.name}", highlight=False)
+            if left_out:
+                console.print(f"{suite}: {left_out} workloads left out for want of time; the same command goes on\n")
+        if wants_job and steps > max((job["steps"] for job in result["jobs"]), default=0):
             task = progress.add_task("character model, training steps", total=steps)
             result["jobs"] = [charlm.train(steps, device, advance=lambda: progress.advance(task))]
-    for suite, count in left_out.items():
-        console.print(f"{suite}: {count} workloads left out for want of time; the same command goes on\n")
 
 
 def describe(device: torch.device) -> Result:

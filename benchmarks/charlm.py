@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
-from benchmarks.measure import route
+from benchmarks.measure import allowance, route
 from benchmarks.peers import OURS, PEERS, STOCK, STOCK_LSTM
 from benchmarks.results import Job, JobColumn
 from benchmarks.timing import sample_seconds, spread
-from tests.helpers import TOLERANCES, relative_error
+from tests.helpers import relative_error
 
 NAME = "charlm/packed/fp32/train"
 # pure Python in every supported version, large, and with docstrings
@@ -128,10 +128,7 @@ def train(
     held_out = make_batch([lines[index] for index in order[:HELD_OUT]], device)
     drawn = [order[HELD_OUT + k % (len(order) - HELD_OUT)] for k in range(steps * BATCH)]
 
-    trainees = {
-        STOCK: Trainee(STOCK_LSTM, device, torch.float32),
-        OURS: Trainee(make_lstm, device, torch.float32),
-    }
+    trainees = {STOCK: Trainee(STOCK_LSTM, device, torch.float32), OURS: Trainee(make_lstm, device, torch.float32)}
     truth = Trainee(STOCK_LSTM, device, torch.float64)
     with torch.no_grad():
         untrained = truth.model.loss(held_out).item() / math.log(2)
@@ -146,9 +143,8 @@ def train(
         advance()
 
     expected = truth.curve()
-    tolerance = TOLERANCES[torch.float32]
     error = relative_error(trainees[OURS].curve(), expected)
-    allowed = tolerance.atol + tolerance.factor * relative_error(trainees[STOCK].curve(), expected)
+    allowed = allowance(torch.float32, relative_error(trainees[STOCK].curve(), expected))
     columns: dict[str, JobColumn] = {}
     for name, trainee in trainees.items():
         with torch.no_grad():

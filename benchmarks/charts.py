@@ -5,15 +5,11 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib as mpl
 import numpy as np
 import torch
-
-mpl.use("Agg")
-import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, LogNorm
 from matplotlib.figure import Figure
@@ -45,33 +41,39 @@ STYLE: Any = {
 SMALL = (4.3, 3.1)  # inches: one column of a page, the width of a phone
 
 
-@dataclass(frozen=True)
-class Chart:
-    """An SVG element, the heading that it stands under, and what it shows."""
+class Chart(NamedTuple):
+    """What is shown, and the SVG element."""
 
-    section: str
     title: str
     svg: str
 
 
-def charts(result: Result) -> Iterator[Chart]:
-    """Yield every chart for which the file holds rows."""
-    for make in (_heat_maps, _times_per_step, _rooflines, _accuracy, _memory):
-        with mpl.rc_context(STYLE):
-            yield from make(result)
+class Section(NamedTuple):
+    """Charts of one kind, under their heading and how to read them."""
+
+    title: str
+    note: str
+    charts: list[Chart]
+
+
+def sections(result: Result) -> list[Section]:
+    """Draw every chart for which the file holds rows."""
+    with mpl.rc_context(STYLE):
+        drawn = [Section(title, note, list(make(result))) for make, title, note in SECTIONS]
+    return [section for section in drawn if section.charts]
 
 
 def svg(figure: Figure) -> str:
-    """Close a figure and return its SVG element, without the XML header; text stays text."""
+    """Return a figure's SVG element, without the XML header; text stays text."""
     file = io.StringIO()
     figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
-    plt.close(figure)
     text = file.getvalue()
     return text[text.index("<svg") :]
 
 
 def _small(ylabel: str, xlabel: str, size: tuple[float, float] = SMALL) -> tuple[Figure, Axes]:
-    figure, axis = plt.subplots(figsize=size, layout="constrained")
+    figure = Figure(figsize=size, layout="constrained")
+    axis = figure.subplots()
     axis.set_xlabel(xlabel)
     axis.set_ylabel(ylabel)
     return figure, axis
@@ -118,16 +120,8 @@ def _heat_maps(result: Result) -> Iterator[Chart]:
             grid[y][x] = ratio["median"]
             loses = verdict(ratio) == "slower"
             color = "white" if not 0.7 < ratio["median"] < 1.6 else "#8c2410" if loses else INK
-            axis.text(
-                x + 0.5,
-                y + 0.5,
-                f"{ratio['median']:.2f}",
-                ha="center",
-                va="center",
-                fontsize=8,
-                color=color,
-                weight="bold" if loses else "normal",
-            )
+            look = {"fontsize": 8, "color": color, "weight": "bold" if loses else "normal"}
+            axis.text(x + 0.5, y + 0.5, f"{ratio['median']:.2f}", ha="center", va="center", **look)
         axis.set_facecolor("#ececec")
         # half and twice stock's speed are full color
         axis.pcolormesh(np.ma.masked_invalid(grid), cmap=SPLIT, norm=LogNorm(0.5, 2), edgecolors="white", linewidth=1)
@@ -135,22 +129,16 @@ def _heat_maps(result: Result) -> Iterator[Chart]:
         axis.set_yticks(np.arange(len(heights)) + 0.5, [str(H) for H in heights])
         axis.tick_params(length=0)
         axis.spines[:].set_visible(False)
-        yield Chart("Where is it faster: ratio to stock over H and B", f"T={T}, {mode}", svg(figure))
+        yield Chart(f"T={T}, {mode}", svg(figure))
 
 
 def _times_per_step(result: Result) -> Iterator[Chart]:
-    """Microseconds a step against T, for the (H, B) of the sweep with the most T."""
-    rows = [row for row in result["rows"] if row["suite"] == "sweep"]
-    groups = {
-        key: sorted(group, key=lambda row: row["shape"]["T"])
-        for key, group in _grouped(
-            rows, lambda row: (row["training"], row["shape"]["H"], row["shape"]["B"], _mode(row))
-        ).items()
-        if len(group) >= 3
-    }
+    """Microseconds a step against T, for up to eight of the sweep's (H, B) with three T or more."""
+    rows = sorted((row for row in result["rows"] if row["suite"] == "sweep"), key=lambda row: row["shape"]["T"])
+    groups = _grouped(rows, lambda row: (row["training"], row["shape"]["H"], row["shape"]["B"], _mode(row)))
     colors = _colors(result)
     for training in (False, True):
-        keys = sorted(key for key in groups if key[0] == training)
+        keys = sorted(key for key, group in groups.items() if key[0] == training and len(group) >= 3)
         # at most four, spread evenly over the sizes
         for key in [keys[len(keys) * (2 * i + 1) // 8] for i in range(4)] if len(keys) > 4 else keys:
             figure, axis = _small("microseconds a step", "T, steps")
@@ -165,14 +153,14 @@ def _times_per_step(result: Result) -> Iterator[Chart]:
             _plain_log(axis, "x", sorted({row["shape"]["T"] for row in groups[key]}))
             axis.set_ylim(0)
             axis.legend()
-            yield Chart("Time of a step as sequences grow", f"H={key[1]}, B={key[2]}, {key[3]}", svg(figure))
+            yield Chart(f"H={key[1]}, B={key[2]}, {key[3]}", svg(figure))
 
 
 def _rooflines(result: Result) -> Iterator[Chart]:
     """GFLOP/s against the intensity of a recurrence that reads its weights anew in every step."""
     roofs = result["probe"]
     suites = ("default", "deepbench", "flashrnn", "sweep")
-    rows = [row for row in result["rows"] if row["suite"] in suites and row["weight_bytes"] and row["dtype"] in roofs]
+    rows = [row for row in result["rows"] if row["suite"] in suites and row["dtype"] in roofs]
     for mode, group in sorted(_grouped(rows, _mode).items()):
         peak, bandwidth = roofs[group[0]["dtype"]], roofs[BANDWIDTH]
         figure, axis = _small("GFLOP/s", "FLOP per byte of weights, were they read in every step")
@@ -189,7 +177,6 @@ def _rooflines(result: Result) -> Iterator[Chart]:
                     *zip(*points, strict=True), "o" if name == OURS else "x", markersize=4, color=color, label=name
                 )
         if not shown:
-            plt.close(figure)
             continue
         knee = peak / bandwidth
         low, high = min([knee / 4, *(x / 2 for x, _ in shown)]), max([knee * 4, *(x * 2 for x, _ in shown)])
@@ -200,17 +187,16 @@ def _rooflines(result: Result) -> Iterator[Chart]:
         _plain_log(axis, "y")
         axis.set_ylim(min([bandwidth * low / 3, *(y / 2 for _, y in shown)]), peak * 3)
         axis.legend(loc="lower right")
-        yield Chart("Roofline: against what this machine can do", mode, svg(figure))
+        yield Chart(mode, svg(figure))
 
 
 def _accuracy(result: Result) -> Iterator[Chart]:
     """The error of a tensor to float64 against T, a line for each column; one scale for all tensors of a dtype."""
-    rows = [row for row in result["rows"] if row["suite"] == "accuracy"]
+    rows = sorted((row for row in result["rows"] if row["suite"] == "accuracy"), key=lambda row: row["shape"]["T"])
     colors = _colors(result)
     # wide and pale under narrow, for lines that lie on one another are the answer that one hopes for
     looks = {STOCK: {"linewidth": 6, "alpha": 0.25}, OURS: {"linewidth": 2.5}}
     for key, group in _grouped(rows, lambda row: f"{row['dtype']}, {row['kind']}").items():
-        group.sort(key=lambda row: row["shape"]["T"])
         epsilon = torch.finfo(DTYPES[group[0]["dtype"]]).eps
         found = [item for row in group for column in row["columns"].values() for item in column["errors"].items()]
         there = {tensor for tensor, error in found if error}
@@ -232,7 +218,7 @@ def _accuracy(result: Result) -> Iterator[Chart]:
             axis.set_ylim(min([epsilon, *errors]) / 2, max([epsilon, *errors]) * 5)
             _plain_log(axis, "x", sorted({row["shape"]["T"] for row in group}))
             axis.legend(ncols=2, loc="upper left", fontsize=8)
-            yield Chart("Accuracy as sequences grow", f"{tensor}, {key}", svg(figure))
+            yield Chart(f"{tensor}, {key}", svg(figure))
 
 
 def _memory(result: Result) -> Iterator[Chart]:
@@ -254,7 +240,6 @@ def _memory(result: Result) -> Iterator[Chart]:
                 label = "packed input" if packed else "dense input"
                 axis.plot(*zip(*points, strict=True), "o", markersize=4, color=color, label=label)
         if not drawn:
-            plt.close(figure)
             continue
         axis.axhline(1, color=INK, linewidth=0.9, zorder=0)
         low, high = axis.get_ylim()
@@ -262,4 +247,36 @@ def _memory(result: Result) -> Iterator[Chart]:
         axis.axhspan(1, axis.get_ylim()[1], color=SLOWER, alpha=0.05, linewidth=0)
         _plain_log(axis, "x")
         axis.legend()
-        yield Chart("Memory at the peak of a call", "training" if training else "forward", svg(figure))
+        yield Chart("training" if training else "forward", svg(figure))
+
+
+SECTIONS = (
+    (
+        _heat_maps,
+        "Where is it faster: ratio to stock over H and B",
+        "Stock's time / fastlstm's. Green is faster, red is slower than stock by more than its noise; grey was not "
+        "measured.",
+    ),
+    (_times_per_step, "Time of a step as sequences grow", "The median time of a call / T."),
+    (
+        _rooflines,
+        "Roofline: against what this machine can do",
+        "The flat roof is a matrix product (float32: without TF32) or, on a CPU, oneDNN's product or LSTM on a large "
+        "batch, whichever is fastest; the slanted one a copy; both are measured before the run. The input product's "
+        "weights count too, though one product for all steps reads them less often: a point more than (I + H) / H "
+        "above the slanted roof is only possible where the recurrent weights stay in registers or caches between "
+        "steps; one above the flat roof shows that the clock has risen since.",
+    ),
+    (
+        _accuracy,
+        "Accuracy as sequences grow",
+        "The largest absolute difference, relative to the largest magnitude in the float64 result or to 1. The dotted "
+        "line is the dtype's machine epsilon.",
+    ),
+    (
+        _memory,
+        "Memory at the peak of a call",
+        "What one call needs at its peak beyond what is held before it, its results and gradients included; above 1, "
+        "in the shaded part, fastlstm needs more than stock. None is drawn under half a MiB.",
+    ),
+)

@@ -42,10 +42,10 @@ class Verdict(NamedTuple):
     suite: str
     name: str
     word: Word
-    change: float | None
-    low: float | None
-    high: float | None
-    note: str
+    note: str = ""
+    change: float | None = None
+    low: float | None = None
+    high: float | None = None
 
 
 def bootstrap(old: Sequence[float], new: Sequence[float], level: float, seed: int = 0) -> tuple[float, float, float]:
@@ -77,17 +77,14 @@ def _medians(values: np.ndarray, generator: np.random.Generator) -> np.ndarray:
     return np.median(values[picked.reshape(RESAMPLES, -1)[:, :n]], axis=1)
 
 
-def compare(old: Result, new: Result, column: str = OURS) -> Iterator[Verdict]:
-    """Yield a verdict for every workload that both files hold."""
+def compare(old: Result, new: Result) -> Iterator[Verdict]:
+    """Yield a verdict on fastlstm for every workload that both files hold."""
     before = {(row["suite"], row["name"]): row for row in old["rows"]}
     pairs = [(before[key], row) for row in new["rows"] if (key := (row["suite"], row["name"])) in before]
-    timed = [(a, b) for a, b in pairs if column in a["columns"] and column in b["columns"]]
-    level = LEVEL / max(1, len(timed))
     same_way = old["settings"]["memory"] == new["settings"]["memory"]
-    for a, b in timed:
-        note = "" if a["route"] == b["route"] else f"route: {a['route']} before, {b['route']} now"
-        verdict = _verdict(a, b, column, level, note)
-        growth = _growth(a["columns"][column], b["columns"][column]) if same_way else 1.0
+    for a, b in pairs:
+        verdict = _verdict(a, b, LEVEL / len(pairs))
+        growth = _growth(a["columns"][OURS], b["columns"][OURS]) if same_way else 1.0
         if verdict.word != "slower" and growth > 1:
             note = f"{growth:.2f}x the bytes; {verdict.note}".rstrip("; ")
             verdict = verdict._replace(word="more memory", note=note)
@@ -100,15 +97,15 @@ def _growth(old: Column, new: Column) -> float:
     return now / before if before and now > max(MEMORY * before, SMALLEST_PEAK) else 1.0
 
 
-def _verdict(old: Row, new: Row, column: str, level: float, note: str) -> Verdict:
-    a, b = old["columns"][column], new["columns"][column]
+def _verdict(old: Row, new: Row, level: float) -> Verdict:
+    a, b = old["columns"][OURS], new["columns"][OURS]
     key = new["suite"], new["name"]
-    ratios = [_ratios(row["columns"][STOCK], row["columns"][column]) for row in (old, new)]
-    if not ratios[1] and b["status"] != "ok":
-        return Verdict(*key, "refused" if a["status"] == "ok" else "even", None, None, None, b["status"])
-    if min(map(len, ratios)) < FEWEST_ROUNDS:
-        return Verdict(*key, "unclear", None, None, None, "too few samples")
-    change, low, high = bootstrap(ratios[0], ratios[1], level)
+    before, now = (_ratios(row["columns"][STOCK], row["columns"][OURS]) for row in (old, new))
+    if not b["ms"]:  # refused, or of a suite that times nothing
+        return Verdict(*key, "refused" if a["status"] == "ok" != b["status"] else "even", b["status"])
+    if min(len(before), len(now)) < FEWEST_ROUNDS:
+        return Verdict(*key, "unclear", "too few samples")
+    change, low, high = bootstrap(before, now, level)
     word: Word = "even"
     if high < 1 and change < 1 - CHANGE:
         word = "slower"
@@ -116,11 +113,12 @@ def _verdict(old: Row, new: Row, column: str, level: float, note: str) -> Verdic
         word = "faster"
     elif high > 1 + 2 * CHANGE or low < 1 - 2 * CHANGE:
         word = "unclear"
-    return Verdict(*key, word, change, low, high, note)
+    note = "" if old["route"] == new["route"] else f"route: {old['route']} before, {new['route']} now"
+    return Verdict(*key, word, note, change, low, high)
 
 
 def _ratios(stock: Column, own: Column) -> list[float]:
-    if not own["samples"]:  # refused
+    if not (stock["samples"] and own["samples"]):  # one of them refused
         return []
     return [theirs / ours for theirs, ours in zip(stock["samples"], own["samples"], strict=True)]
 
@@ -133,8 +131,11 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--all", action="store_true", help="print the rows on which nothing changed, too")
     options = parser.parse_args(arguments)
     console = make_console()
-    old, new = load(options.old), load(options.new)
-    console.print(f"old: {provenance(old)}\nnew: {provenance(new)}", highlight=False)
+    try:
+        old, new = load(options.old), load(options.new)
+    except (OSError, ValueError) as problem:
+        parser.error(str(problem))  # exits with 2
+    console.out(f"old: {provenance(old)}\nnew: {provenance(new)}", highlight=False)
     if any(old["machine"][name] != new["machine"][name] for name in ("cpu", "gpu")):
         console.print("[bold]different machines[/]: what follows compares them, not the code")
     verdicts = list(compare(old, new))

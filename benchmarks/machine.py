@@ -60,13 +60,12 @@ def cpu_model() -> str:
 
 def versions() -> dict[str, str | None]:
     """Versions of what takes part."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
-    for name in ("torch", "triton", "fastlstm"):
+    found: dict[str, str | None] = {"python": platform.python_version(), "torch": torch.__version__}
+    for name in ("triton", "fastlstm"):
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             found[name] = None
-    found["torch"] = torch.__version__
     found["cuda"] = torch.version.cuda
     found["hip"] = torch.version.hip
     found["cudnn"] = str(torch.backends.cudnn.version()) if torch.cuda.is_available() else None

@@ -55,6 +55,7 @@ class Meter:
         if self.server:
             self.server.terminate()
             self.server.communicate()
+            self.server = None
 
     def __call__(self, workload: Workload, name: str) -> int | None:
         """Return the bytes, or None if the process died."""
@@ -68,9 +69,14 @@ class Meter:
             )
         assert self.server.stdin
         assert self.server.stdout
-        pickle.dump((workload, name), self.server.stdin)
-        self.server.stdin.flush()
-        answer = self.server.stdout.readline()
+        try:
+            pickle.dump((workload, name), self.server.stdin)
+            self.server.stdin.flush()
+            answer = self.server.stdout.readline()
+        except BrokenPipeError:
+            answer = b""
+        if not answer:  # the server itself was killed, e.g. for want of memory; the next call starts another
+            self.__exit__()
         return int(answer) if answer.strip().isdigit() else None
 
 

@@ -21,11 +21,10 @@ from torch.nn import RNNBase
 from torch.nn.utils.rnn import PackedSequence
 
 import fastlstm
-from benchmarks.third_party import TORCHRL, FlashRNN, Haste, InputProduct, TorchRL
+from benchmarks.third_party import TORCHRL, FlashRNN, Haste, InputProduct, State, TorchRL
 from benchmarks.workloads import Workload
 from fastlstm.dispatch import has_triton
 
-State = tuple[Tensor, Tensor]
 Sequence = Tensor | PackedSequence
 
 STOCK, OURS, EAGER = "torch.nn.LSTM", "fastlstm", "eager"

@@ -10,10 +10,6 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib as mpl
-
-mpl.use("Agg")
-import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -49,7 +45,10 @@ def lines(result: Result) -> list[Line]:
             continue
         family = families["dense input" if row["kind"].startswith("dense") else "packed input (variable lengths)"]
         line = family.setdefault(label(row), Line(label(row), {}))
-        line.modes[row["training"]] = {name: column["ratio"] for name, column in row["columns"].items()}
+        # a time without a ratio, where stock failed, is no refusal
+        line.modes[row["training"]] = {
+            name: column["ratio"] for name, column in row["columns"].items() if column["ratio"] or not column["ms"]
+        }
     for job in result["jobs"]:
         text = f"character model, {job['steps']} steps"
         ratios: dict[str, Spread | None] = {name: column["ratio"] for name, column in job["columns"].items()}
@@ -58,13 +57,13 @@ def lines(result: Result) -> list[Line]:
 
 
 def figure(result: Result) -> Figure:
-    """Draw the default suite of a result."""
+    """Draw the default suite of a result; there is some, i.e. `lines(result)` is not empty."""
     content = lines(result)
     modes = [training for training in (False, True) if any(training in line.modes for line in content)]
-    panels = max(1, len(modes))
-    width, height = 3.0 + 3.9 * panels, HEADER + FOOTER + LINE * max(4, len(content))
-    drawn, axes = plt.subplots(1, panels, figsize=(width, height), sharey=True, sharex=True, squeeze=False)
-    for axis, training in zip(axes[0], modes, strict=False):
+    width, height = 3.0 + 3.9 * len(modes), HEADER + FOOTER + LINE * max(4, len(content))
+    drawn = Figure(figsize=(width, height))
+    axes = drawn.subplots(1, len(modes), sharey=True, sharex=True, squeeze=False)
+    for axis, training in zip(axes[0], modes, strict=True):
         _panel(axis, content, training)
     axes[0][0].set_yticks(range(len(content)), [line.label for line in content])
     axes[0][0].set_ylim(len(content) - 0.4, -0.6)
@@ -88,12 +87,9 @@ def figure(result: Result) -> Figure:
 
 def draw(result: Result, path: Path) -> Path | None:
     """Write that figure as an image, the suffix of `path` naming the format; None if there is nothing to draw."""
-    if not result["jobs"] and all(row["suite"] != "default" for row in result["rows"]):
+    if not lines(result):
         return None
-    drawn = figure(result)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    drawn.savefig(path, dpi=130)
-    plt.close(drawn)
+    figure(result).savefig(path, dpi=130)
     return path
 
 
@@ -162,9 +158,7 @@ def main() -> None:
     if not files:
         print("no result file is committed: python -m benchmarks --json benchmarks/results/NAME.json makes one")
     for file in files:
-        image = file.with_suffix(".png")
-        draw(load(file), image)
-        print(image)
+        print(draw(load(file), file.with_suffix(".png")) or f"{file} holds nothing of the default suite")
     if not named:
         README.write_text(fill_readme(README.read_text()))
         print(README)

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from benchmarks.peers import OURS, STOCK
-from benchmarks.results import Job, Result, Row, Spread, verdict
+from benchmarks.results import Job, Result, Row, Spread, outcome, verdict
 from benchmarks.tables import Table, summaries, tables
 
 STYLES = {"faster": "bold green", "slower": "bold red", "refused": "red", "rough": "yellow"}
@@ -98,6 +98,6 @@ def refusals(result: Result) -> list[tuple[str, str]]:
         (name, f"{row['name']}, {name}: {column['status']}")
         for row in result["rows"]
         for name, column in row["columns"].items()
-        if column["status"].split(":")[0] not in ("ok", "rough", "not supported")
+        if outcome(column) not in ("ok", "rough", "not supported")
     ]
     return found + [(OURS, f"{job['name']}: {job['status']}") for job in result["jobs"] if job["status"] != "ok"]

@@ -58,6 +58,11 @@ def untimed(status: str, error: float | None = None, errors: dict[str, float | N
     }
 
 
+def outcome(column: Column) -> str:
+    """The first word of the status: "ok", "rough", "wrong result", "failed" or "not supported"."""
+    return column["status"].split(":")[0]
+
+
 class Row(TypedDict):
     """One workload. `route` is what fastlstm.explain answers: backend and regime."""
 
@@ -173,21 +178,17 @@ def taken_up(result: Result, path: Path) -> Result:
     if not path.exists():
         return result
     old = load(path)
-    same = all(_identity(old[key]) == _identity(result[key]) for key in ("source", "machine", "versions", "settings"))
-    if same:
-        commands = old["command"].split("; ")
-        command = old["command"] if result["command"] in commands else f"{old['command']}; {result['command']}"
-        columns = old["columns"] | result["columns"]
-        kept = {key: old[key] for key in ("probe", "rows", "jobs")}
-        result = {**result, **kept, "command": command, "columns": columns}  # type: ignore[typeddict-item]
-    return result
+    if _identity(old) != _identity(result):
+        return result
+    commands = dict.fromkeys([*old["command"].split("; "), result["command"]])
+    kept = {key: old[key] for key in ("probe", "columns", "absent", "rows", "jobs")}
+    return {**result, **kept, "command": "; ".join(commands)}  # type: ignore[typeddict-item]
 
 
-def _identity(value: object) -> object:
+def _identity(result: Result) -> tuple[object, ...]:
     """What must be equal for two runs to be one: not the load that the machine happened to have."""
-    if isinstance(value, dict):
-        return {key: item for key, item in value.items() if key not in ("load_1min",)}
-    return value
+    machine = {**result["machine"], "load_1min": None}
+    return machine, result["source"], result["versions"], result["settings"]
 
 
 def has(result: Result, suite: str, name: str, columns: Iterable[str], budget_s: float) -> bool:

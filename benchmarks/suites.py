@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -129,11 +129,7 @@ def flashrnn(device_type: str) -> list[Workload]:
 
 def sweep(device_type: str) -> list[Workload]:
     """A log grid, in random order after every other value of each size, so that any beginning is a picture."""
-    sizes = (
-        (16, 64, 256, 1024, 4096),
-        (1, 4, 16, 64, 128, 512),
-        (32, 64, 128, 256, 512, 1024, 2048, 4096),
-    )
+    sizes = ((16, 64, 256, 1024, 4096), (1, 4, 16, 64, 128, 512), (32, 64, 128, 256, 512, 1024, 2048, 4096))
     grid = list(itertools.product(*sizes))
     random.Random(0).shuffle(grid)
     grid.sort(key=lambda point: any(values.index(size) % 2 for size, values in zip(point, sizes, strict=True)))
@@ -194,19 +190,16 @@ class Suite:
     measure: Literal["speed", "latency", "accuracy"] = "speed"
     minutes: float = 15.0
 
-    def workloads(self, device_type: str, dtypes: list[str] | None = None) -> Iterator[Workload]:
-        """The workloads that a device of this type gets through in reasonable time; `dtypes` keeps or replaces.
+    def workloads(self, device_type: str) -> list[Workload]:
+        """The workloads that a device of this type gets through in reasonable time."""
+        return [workload for workload in self.make(device_type) if workload.flops <= MAX_FLOPS[device_type]]
 
-        A suite that has rows in a wanted dtype keeps those; another one is run in that dtype instead.
-        """
-        listed = [workload for workload in self.make(device_type) if workload.flops <= MAX_FLOPS[device_type]]
-        if dtypes:
-            there = {workload.dtype for workload in listed}
-            others = [
-                replace(w, dtype=d) for d in dtypes if d not in there for w in listed if w.dtype == listed[0].dtype
-            ]
-            listed = [workload for workload in listed if workload.dtype in dtypes] + others
-        yield from listed
+
+def in_dtypes(workloads: list[Workload], dtypes: list[str]) -> list[Workload]:
+    """Keep those of the wanted dtypes; for a dtype that none has, run in it those of the first one's dtype."""
+    there, own = {workload.dtype for workload in workloads}, workloads[0].dtype
+    others = [replace(w, dtype=d) for d in dtypes if d not in there for w in workloads if w.dtype == own]
+    return [workload for workload in workloads if workload.dtype in dtypes] + others
 
 
 # one call of more than this would take seconds on a usual device of the kind, and a row is about forty calls

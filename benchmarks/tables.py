@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.peers import INPUT_PRODUCT, OURS, STOCK
-from benchmarks.results import Column, Result, Row, Spread, load, percentile, provenance, verdict
+from benchmarks.results import Column, Result, Row, Spread, load, outcome, percentile, provenance, verdict
 from benchmarks.suites import SUITES
 
 
@@ -96,10 +96,10 @@ def latency_table(title: str, rows: list[Row]) -> Table:
         cells = start(row)
         for name in names:
             column = row["columns"].get(name)
-            if not column or not column["ms"] or not column["ratio"]:
+            if not column or not column["ms"]:
                 cells.append(status_cell(column))
                 continue
-            tone = verdict(column["ratio"]) if name.startswith(OURS) else ""
+            tone = verdict(column["ratio"]) if column["ratio"] and name.startswith(OURS) else ""
             p50, p99 = (1e3 * percentile(column["samples"], percent) for percent in (50, 99))
             cells.append(Cell(f"{p50:.4g} / {p99:.4g}", tone))
         body.append(cells)
@@ -171,12 +171,10 @@ def summaries(rows: list[Row]) -> list[Summary]:
 
 
 def status_cell(column: Column | None) -> Cell:
-    """Why a column has no figure."""
-    word = column["status"].split(":")[0].split(",")[0] if column else ""
-    return Cell(
-        {"not supported": "n/a", "wrong result": "refused"}.get(word, word),
-        "" if word == "not supported" else "refused",
-    )
+    """Why a column has no figure; nothing where it is stock that lacks one."""
+    word = outcome(column) if column else ""
+    shown = {"": "", "ok": "", "rough": "", "not supported": "n/a", "wrong result": "refused"}.get(word, word)
+    return Cell(shown, "refused" if word in ("wrong result", "failed") else "")
 
 
 def time_cell(column: Column | None) -> Cell:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from benchmarks.results import Spread
+from benchmarks.results import Spread, percentile
 
 Step = Callable[[], object]
 
@@ -23,10 +23,7 @@ SLOW_S, SLOW_ROUNDS = 1.0, 3  # calls of more than a second are timed no oftener
 
 def spread(values: Sequence[float]) -> Spread:
     """Median with the 20th and 80th percentiles."""
-    if len(values) == 1:
-        return {"median": values[0], "p20": values[0], "p80": values[0]}
-    fifths = statistics.quantiles(values, n=5, method="inclusive")
-    return {"median": statistics.median(values), "p20": fifths[0], "p80": fifths[3]}
+    return {"median": statistics.median(values), "p20": percentile(values, 20), "p80": percentile(values, 80)}
 
 
 def sample_seconds(step: Step, device: torch.device, calls: int = 1) -> float:

@@ -14,12 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
-DTYPES = {
-    "fp32": torch.float32,
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-    "fp64": torch.float64,
-}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 
 
 @dataclass(frozen=True)
@@ -31,9 +26,6 @@ class Shape:
     B: int
     I: int  # noqa: E741
     H: int
-
-    def __str__(self) -> str:
-        return f"T={self.T} B={self.B} I={self.I} H={self.H}"
 
 
 @dataclass(frozen=True)
@@ -71,14 +63,9 @@ class Workload:
         return "-".join([source, *network])
 
     @cached_property
-    def group(self) -> str:
-        """The name without the mode."""
-        return f"{self.shape.name}/{self.kind}/{self.dtype}"
-
-    @cached_property
     def name(self) -> str:
         """The full name."""
-        return f"{self.group}/{'train' if self.training else 'forward'}"
+        return f"{self.shape.name}/{self.kind}/{self.dtype}/{'train' if self.training else 'forward'}"
 
     @property
     def arguments(self) -> dict[str, Any]:

@@ -16,8 +16,11 @@ import pytest
 import torch
 from benchmark_helpers import Scaled, make_column, make_result, make_row
 
-from benchmarks import charlm, results
+from benchmarks import __main__, charlm, machine, plot, results
+from benchmarks.charts import SECTIONS, sections
+from benchmarks.compare import compare
 from benchmarks.measure import run_workload
+from benchmarks.page import write_page
 from benchmarks.peers import EAGER, OURS, PEERS, STOCK, Peer
 from benchmarks.readme import README, README_TABLE, fill_readme, readme_table
 from benchmarks.suites import SUITES
@@ -99,12 +102,24 @@ def test_committed_results_are_readable():
 
 
 def test_plot_of_winner_loser_and_refusal(tmp_path):
-    plot = pytest.importorskip("benchmarks.plot", reason="needs matplotlib", exc_type=ImportError)
     plot.draw(make_result(), tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     labels = [line.label for line in plot.lines(make_result())]
     assert labels[0] == "dense input"
     assert labels[2] == "packed input (variable lengths)"
+
+
+def test_plot_names_what_it_has_drawn(tmp_path, monkeypatch, capsys):
+    for name, suite in (("drawn", "default"), ("empty", "sweep")):
+        rows: Any = [{**make_row("dense", True, 2.0), "suite": suite}]
+        results.save({**make_result(), "rows": rows}, tmp_path / f"{name}.json")
+    monkeypatch.setattr(sys, "argv", ["-", *(str(tmp_path / f"{name}.json") for name in ("drawn", "empty"))])
+    plot.main()
+    drawn, empty = capsys.readouterr().out.splitlines()
+    assert drawn == str(tmp_path / "drawn.png")
+    assert Path(drawn).exists()
+    assert empty == f"{tmp_path / 'empty.json'} holds nothing of the default suite"
+    assert not (tmp_path / "empty.png").exists()
 
 
 @pytest.mark.parametrize(
@@ -122,13 +137,7 @@ def test_verdict(p20, median, p80, expected):
     assert results.verdict({"p20": p20, "median": median, "p80": p80}) == expected
 
 
-def needs_extras():
-    for name in ("rich", "matplotlib", "psutil"):
-        pytest.importorskip(name, reason="needs the extra bench")
-
-
 def test_command_writes_figures_and_plot(tmp_path):
-    needs_extras()
     path = tmp_path / "result.json"
     arguments = ["--quick", "--device=cpu", "--threads=1", "--budget=0.01", "--filter=^g/", f"--json={path}"]
     done = subprocess.run([sys.executable, "-m", "benchmarks", *arguments], cwd=ROOT, capture_output=True, text=True)
@@ -152,14 +161,11 @@ def test_command_writes_figures_and_plot(tmp_path):
 @pytest.fixture
 def command(monkeypatch):
     """`python -m benchmarks` without pictures, probes and other processes."""
-    needs_extras()
-    from benchmarks import __main__ as command
-
-    monkeypatch.setattr(command, "probe", lambda *_: {"fp32": 1.0, "bandwidth GB/s": 1.0})
+    monkeypatch.setattr(__main__, "probe", lambda *_: {"fp32": 1.0, "bandwidth GB/s": 1.0})
     monkeypatch.setattr("benchmarks.memory.way", lambda _: results.TENSORS)
-    monkeypatch.setattr(command, "draw", lambda *_: None)
-    monkeypatch.setattr(command, "write_page", lambda _, path: path)
-    return command
+    monkeypatch.setattr(__main__, "draw", lambda *_: None)
+    monkeypatch.setattr(__main__, "write_page", lambda _, path: path)
+    return __main__
 
 
 def test_interrupted_run_goes_on(tmp_path, monkeypatch, command):
@@ -185,28 +191,75 @@ def test_interrupted_run_goes_on(tmp_path, monkeypatch, command):
     assert [row["name"] for row in results.load(path)["rows"]] == ["b/dense/fp32/forward"]
 
 
+FAST = ["--device=cpu", "--budget=0.01", "--filter=^g/dense/fp32/forward"]
+
+
+def test_interruption_before_the_first_row_leaves_the_file(tmp_path, monkeypatch, capsys, command):
+    path = tmp_path / "result.json"
+    results.save(make_result(), path)  # of another code: a row would begin it anew
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "probe", interrupt)
+    assert command.main([*FAST, f"--json={path}"]) == 2
+    assert results.load(path) == make_result()
+    assert "nothing was measured" in capsys.readouterr().out
+
+
+def test_a_file_that_goes_on_keeps_what_it_says_and_gets_what_it_lacks(tmp_path, monkeypatch, command):
+    path, probed = tmp_path / "result.json", []
+    monkeypatch.setattr(command, "source", lambda: "5eed")
+    monkeypatch.setattr(command, "probe", lambda _, dtypes: probed.append(dtypes) or dict.fromkeys(dtypes, 1.0))
+    monkeypatch.setattr(charlm, "train", lambda steps, *_, **__: {"steps": steps})
+    monkeypatch.setattr(command, "print_report", lambda *_: None)
+    monkeypatch.setattr(command, "refusals", lambda _: [])
+    arguments = [f"--json={path}", "--device=cpu", "--budget=0.01"]
+    first = ["--filter=^(charlm|g/dense/fp32/forward)", "--peer=haste", "--steps=3"]
+    assert command.main([*arguments, *first]) == 0
+    assert command.main([*arguments, "--filter=^(charlm|a/.*fp64)", "--peer=eager", "--steps=2"]) == 0
+    assert probed == [{"fp32"}, {"fp64"}]
+    result = results.load(path)
+    assert result["probe"].keys() == {"fp32", "fp64"}
+    assert list(result["columns"]) == [STOCK, OURS, EAGER]
+    assert result["absent"] == {"haste": "needs a GPU"}
+    assert result["jobs"] == [{"steps": 3}]  # the longer one
+    monkeypatch.setitem(PEERS, "haste", PEERS[EAGER])
+    assert command.main([*arguments, "--filter=^g/dense/fp32/forward", "--peer=haste"]) == 0
+    assert results.load(path)["absent"] == {}
+    assert len(probed) == 2
+    assert command.main([*arguments, "--fresh", "--filter=^charlm", "--steps=0"]) == 2  # nothing to do
+
+
+def test_command_refuses_what_it_cannot_use(tmp_path, capsys, command):
+    path = tmp_path / "result.json"
+    path.write_text("[]")
+    assert command.main([*FAST, f"--json={path}"]) == 2
+    assert "not a result file; --fresh replaces it" in capsys.readouterr().err
+    assert path.read_text() == "[]"
+    for wrong in (f"--json={tmp_path / 'page.html'}", "--filter=("):
+        with pytest.raises(SystemExit, match="2"):
+            command.main([*FAST, wrong])
+
+
 def test_refusal_fails_the_command(tmp_path, monkeypatch, capsys, command):
     monkeypatch.setitem(PEERS, OURS, Peer(Scaled, ""))
-    status = command.main(
-        ["--device=cpu", "--budget=0.01", "--filter=^g/.*forward", f"--json={tmp_path / 'result.json'}"]
-    )
-    assert status == 1
+    assert command.main([*FAST, f"--json={tmp_path / 'result.json'}"]) == 1
     printed = capsys.readouterr().out
     assert "refused g/dense/fp32/forward, fastlstm: wrong result" in " ".join(printed.split())
 
 
 def test_command_lists_and_filters(capsys):
-    needs_extras()
-    from benchmarks.__main__ import main
-
-    assert main(["--device=cpu", "--list", "--filter=packed.*bf16|charlm"]) == 0
+    assert __main__.main(["--device=cpu", "--list", "--filter=packed.*bf16|charlm"]) == 0
     lines = capsys.readouterr().out.splitlines()
     names = [line for line in lines if not line.startswith("column ")]
     assert names[-1] == charlm.NAME
     assert "b/packed/bf16/train" in names
     assert all("bf16" in name for name in names[:-1])
     assert any(line.startswith("column flashrnn: ") for line in lines)
-    assert main(["--device=cpu", "--filter=nothing like it"]) == 2
+    assert __main__.main(["--device=cpu", "--filter=nothing like it"]) == 2
+    assert __main__.main(["--device=cpu", "--list", "--quick", "--dtype=fp16", "--filter=packed"]) == 0
+    assert "f/packed/fp16/train" in capsys.readouterr().out.splitlines()
 
 
 def noisy_result(slowdown: float, seed: int, rows: int = 40, rounds: int = 60) -> results.Result:
@@ -225,10 +278,6 @@ def noisy_result(slowdown: float, seed: int, rows: int = 40, rounds: int = 60) -
 
 
 def test_gate_sees_one_slower_row_and_nothing_else(tmp_path, capsys):
-    needs_extras()
-    from benchmarks.__main__ import main
-    from benchmarks.compare import compare
-
     for seed in range(5):
         alike = compare(noisy_result(1.0, seed), noisy_result(1.0, seed + 100))
         assert {verdict.word for verdict in alike} <= {"even", "unclear"}
@@ -241,17 +290,19 @@ def test_gate_sees_one_slower_row_and_nothing_else(tmp_path, capsys):
     paths = [str(tmp_path / name) for name in ("old.json", "new.json", "other.json")]
     for path, slowdown in zip(paths, (1.0, 1.2, 1.0), strict=True):
         results.save(noisy_result(slowdown, 0), Path(path))
-    assert main(["compare", paths[0], paths[1]]) == 1
+    assert __main__.main(["compare", paths[0], paths[1]]) == 1
     assert "7/packed/fp32/train slower" in " ".join(capsys.readouterr().out.split())
-    assert main(["compare", paths[1], paths[0]]) == 0  # faster
-    assert main(["compare", paths[0], paths[2]]) == 0
+    assert __main__.main(["compare", paths[1], paths[0]]) == 0  # faster
+    assert __main__.main(["compare", paths[0], paths[2]]) == 0
     results.save({**make_result(), "rows": []}, Path(paths[2]))
-    assert main(["compare", paths[0], paths[2]]) == 2
+    assert __main__.main(["compare", paths[0], paths[2]]) == 2
+    Path(paths[2]).write_text("[]")
+    for path in (paths[2], str(tmp_path / "none.json")):
+        with pytest.raises(SystemExit, match="2"):
+            __main__.main(["compare", paths[0], path])
 
 
 def test_gate_says_unclear_where_noise_hides_the_answer():
-    from benchmarks.compare import compare
-
     old: Any = noisy_result(1.0, 0, rows=40)
     new: Any = noisy_result(1.0, 1, rows=40)
     generator = np.random.default_rng(2)
@@ -264,8 +315,6 @@ def test_gate_says_unclear_where_noise_hides_the_answer():
 
 
 def test_gate_sees_refusals_memory_and_missing_samples():
-    from benchmarks.compare import compare
-
     old: Any = noisy_result(1.0, 0, rows=4)
     new: Any = noisy_result(1.0, 0, rows=4)
     new["rows"][0]["columns"][OURS] = make_column(None)
@@ -277,8 +326,20 @@ def test_gate_sees_refusals_memory_and_missing_samples():
     assert [verdict.word for verdict in verdicts] == ["refused", "more memory", "unclear", "even"]
     assert "2.00x the bytes" in verdicts[1].note
     assert "route" in verdicts[3].note
+    assert [verdict.word for verdict in compare(new, old)][:2] == ["unclear", "even"]
     old["settings"] = {**old["settings"], "memory": results.TENSORS}
     assert [verdict.word for verdict in compare(old, new)] == ["refused", "even", "unclear", "even"]
+
+
+def test_gate_judges_a_suite_that_times_nothing_by_its_checks():
+    old = make_result()
+    row: Any = {**make_row("dense", True, 1.0), "suite": "accuracy", "columns": {}}
+    row["columns"] = {STOCK: results.untimed("ok"), OURS: results.untimed("ok")}
+    old["rows"] = [row]
+    assert [verdict.word for verdict in compare(old, old)] == ["even"]
+    new: Any = {**old, "rows": [{**row, "columns": {**row["columns"], OURS: results.untimed("wrong result: dx")}}]}
+    assert [verdict.word for verdict in compare(old, new)] == ["refused"]
+    assert [verdict.word for verdict in compare(new, new)] == ["even"]
 
 
 def make_full_result() -> Any:
@@ -295,13 +356,10 @@ def make_full_result() -> Any:
 
 
 def test_page_stands_alone_and_shows_everything(tmp_path):
-    needs_extras()
-    from benchmarks.charts import charts
-    from benchmarks.page import NOTES, write_page
-
     result = make_full_result()
-    drawn = list(charts(result))
-    assert {chart.section for chart in drawn} == NOTES.keys()
+    found = sections(result)
+    assert [section.title for section in found] == [title for _, title, _ in SECTIONS]
+    drawn = [chart for section in found for chart in section.charts]
     page = write_page(result, tmp_path / "page.html").read_text()
     parser = HTMLParser()
     seen = []
@@ -322,9 +380,6 @@ def test_page_stands_alone_and_shows_everything(tmp_path):
 
 
 def test_commit_outside_git(monkeypatch, tmp_path):
-    needs_extras()
-    from benchmarks import machine
-
     monkeypatch.setattr(machine, "ROOT", tmp_path)
     assert machine.commit() == (None, None)
 

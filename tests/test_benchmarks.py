@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 import math
 import sys
@@ -17,12 +18,17 @@ from torch.nn.utils.rnn import PackedSequence
 
 import fastlstm
 from benchmarks import charlm, timing
+from benchmarks.compare import compare
 from benchmarks.measure import check, make_step, run_workload
 from benchmarks.peers import EAGER, INPUT_PRODUCT, OURS, PEERS, STOCK, STOCK_LSTM, EagerLSTM, Peer
-from benchmarks.suites import MAX_FLOPS, SUITES, quick_workloads
-from benchmarks.tables import tables
+from benchmarks.plot import lines
+from benchmarks.probe import BANDWIDTH, _best, probe
+from benchmarks.readme import readme_table
+from benchmarks.suites import MAX_FLOPS, SUITES, in_dtypes, quick_workloads
+from benchmarks.tables import Cell, tables
 from benchmarks.timing import interleave, spread
 from benchmarks.workloads import Shape, Workload
+from fastlstm import dispatch, explain
 
 CPU = torch.device("cpu")
 THREE = {name: PEERS[name] for name in (STOCK, OURS, EAGER)}
@@ -62,10 +68,8 @@ def test_suites(suite, device_type):
     assert SUITES[suite].peers[:2] == (STOCK, OURS)
     assert set(SUITES[suite].peers) <= PEERS.keys()
     assert max(workload.flops for workload in workloads) <= MAX_FLOPS[device_type]
-    assert {workload.dtype for workload in SUITES[suite].workloads(device_type, ["fp32"])} == {"fp32"}
-    if suite != "default":  # whose rows each need their own dtype
-        asked = SUITES[suite].workloads(device_type, ["fp16"])
-        assert {workload.dtype for workload in asked} == {"fp16"}
+    assert {workload.dtype for workload in in_dtypes(workloads, ["fp32"])} == {"fp32"}
+    assert {workload.dtype for workload in in_dtypes(workloads, ["fp16", "fp64"])} == {"fp16", "fp64"}
 
 
 @pytest.mark.parametrize("device_type", ["cpu", "cuda"])
@@ -208,7 +212,6 @@ def test_packed_input_is_ragged_unsorted_and_repeatable(lengths):
     if lengths == "onelong":
         assert x.batch_sizes.tolist() == [16] * 2 + [1] * 38
         return
-    assert isinstance(x, PackedSequence)
     assert x.sorted_indices is not None
     assert torch.equal(x.data, again.data)
     assert len(x.batch_sizes) == 40
@@ -253,12 +256,43 @@ def test_wrong_results_are_not_timed(wrong):
 
 
 def test_without_stock_there_is_a_time_but_no_ratio():
-    peers = {STOCK: Peer(Failing, ""), OURS: PEERS[OURS]}
+    peers = {STOCK: Peer(Failing, ""), OURS: PEERS[OURS], "wrong": Peer(Scaled, "")}
     row = run_workload(Workload(TINY), CPU, budget_s=0.0, min_rounds=1, peers=peers)
     assert row["columns"][STOCK]["status"] == "failed: RuntimeError: out of order"
     assert row["columns"][OURS]["ms"]
     assert row["columns"][OURS]["ratio"] is None
-    assert list(tables({**make_result(), "rows": [row]}))
+    assert row["columns"]["wrong"]["status"].startswith("wrong result")
+
+    row["name"], row["kind"] = "b/dense/fp32/forward", "dense"
+    result = make_result()
+    result["rows"] = [row]
+    (table,) = tables(result)
+    shown = dict(zip(table.header, table.rows[0], strict=True))
+    assert shown["ratio"] == Cell("")
+    assert shown["stock ms"] == Cell("failed", "refused")
+    assert float(shown["fastlstm ms"].text)
+    assert "refused" not in readme_table(result)
+    assert [line.modes for line in lines(result)] == [{}, {False: {STOCK: None, "wrong": None}}]
+    assert [verdict.word for verdict in compare(result, result)] == ["unclear"]
+
+
+def test_a_state_of_another_shape_is_refused():
+    class Squeezed(EagerLSTM):
+        def forward(self, x, hx=None):
+            output, (h_n, c_n) = super().forward(x, hx)
+            return output, (h_n[0], c_n[0])
+
+    peers = {STOCK: PEERS[STOCK], "squeezed": Peer(Squeezed, "")}
+    row = run_workload(Workload(TINY), CPU, budget_s=0.0, min_rounds=1, peers=peers)
+    assert row["columns"]["squeezed"]["status"] == "failed: ValueError: h_n: shape (4, 6), expected (1, 4, 6)"
+
+
+def test_a_backend_that_cannot_run_here_is_a_finding(monkeypatch):
+    monkeypatch.setenv("FASTLSTM_BACKEND", "nobody's")
+    row = run_workload(Workload(TINY), CPU, budget_s=0.0, min_rounds=1, peers=THREE)
+    assert row["columns"][OURS]["status"].startswith("failed: ValueError")
+    assert row["columns"][EAGER]["ms"]
+    assert row["route"] == ""
 
 
 def test_others_may_be_rough_but_not_wrong():
@@ -282,16 +316,19 @@ class Forgetful(fastlstm.LSTM):
         return super().forward(input, None)
 
 
-def test_streams_carry_their_state():
+def test_streams_carry_their_state(monkeypatch):
+    asked = []
+    monkeypatch.setattr(fastlstm, "explain", lambda module, x: asked.append(x) or explain(module, x))
     peers = {**THREE, OURS: Peer(Forgetful, ""), "kept": Peer(fastlstm.LSTM, "")}
     workload = Workload(Shape("s", 6, 1, 3, 4), streaming=True)
-    row = run_workload(workload, CPU, budget_s=0.0, min_rounds=7, measure="latency", peers=peers)
+    row = run_workload(workload, CPU, budget_s=0.0, min_rounds=7, suite="latency", peers=peers)
     statuses = {name: column["status"].split(":")[0] for name, column in row["columns"].items()}
     assert statuses == {STOCK: "ok", OURS: "wrong result", EAGER: "ok", "kept": "ok"}
     assert row["columns"][EAGER]["calls"] == 1
     assert len(row["columns"][EAGER]["samples"]) == 7
-    (table,) = tables({**make_result(), "rows": [{**row, "suite": "latency"}]})
+    (table,) = tables({**make_result(), "rows": [row]})
     assert table.rows[0][table.header.index(OURS)].text == "refused"
+    assert [tuple(x.shape) for x in asked] == [(1, 1, 3)]  # the route is that of one step, as it is timed
 
     step = make_step(Forgetful(**workload.arguments), workload.make_input(CPU), workload)
     Forgetful.given = 0
@@ -302,7 +339,7 @@ def test_streams_carry_their_state():
 
 def test_accuracy_times_nothing():
     workload = Workload(TINY, training=True)
-    row = run_workload(workload, CPU, budget_s=9.0, measure="accuracy", suite="accuracy", peers=THREE)
+    row = run_workload(workload, CPU, budget_s=9.0, suite="accuracy", peers=THREE)
     assert all(column["samples"] == [] and len(column["errors"]) == 8 for column in row["columns"].values())
     (table,) = tables({**make_result(), "rows": [row]})
     assert [cells[1].text for cells in table.rows] == [STOCK, OURS, EAGER]
@@ -351,6 +388,31 @@ def test_short_calls_are_averaged():
 def test_spread():
     assert spread([5.0, 1.0, 2.0, 4.0, 3.0, 6.0]) == {"median": 3.5, "p20": 2.0, "p80": 5.0}
     assert spread([7.0]) == {"median": 7.0, "p20": 7.0, "p80": 7.0}
+
+
+@pytest.mark.parametrize("fastest", ["product", "onednn product", "onednn lstm", "no onednn"])
+def test_roofs_count_bytes_and_operations(monkeypatch, fastest):
+    """Where each takes a given time, the figures are what was counted."""
+    product, lstm = 2 * 512**3, Workload(Shape("s", 8, 256, 512, 512)).flops
+    counts = {"product": product, "onednn product": product, "onednn lstm": lstm}
+    if fastest == "no onednn":
+        counts = {"product": product}
+    elif not dispatch._onednn_has(torch.float32):
+        pytest.skip("needs oneDNN")
+    monkeypatch.setattr(dispatch, "_onednn_has", lambda _: fastest != "no onednn")
+    # at 2 GFLOP/s the fastest, at 1 the others; the copy, of 2^28 bytes, takes two seconds
+    seconds = [count / (2e9 if name == fastest else 1e9) for name, count in counts.items()]
+    answers = iter([2.0, *seconds])
+    monkeypatch.setattr("benchmarks.probe._best", lambda step, _: step() is not None and next(answers))
+    assert probe(CPU, {"fp32"}) == {BANDWIDTH: 0.2684, "fp32": 1.0 if fastest == "no onednn" else 2.0}
+    assert list(answers) == []
+
+
+def test_a_roof_is_the_best_of_many_calls(monkeypatch):
+    called, times = [], itertools.chain([3.0, 1.0, 2.0], itertools.repeat(5.0))
+    monkeypatch.setattr("benchmarks.probe.sample_seconds", lambda step, _: next(times))
+    assert _best(lambda: called.append(1), CPU) == 1.0
+    assert called == [1]  # outside the clock, to compile and prepare
 
 
 def test_character_model_learns_alike():
