@@ -168,9 +168,9 @@ _STREAMING = {
     (99, 4, 16): ((128, 2, 128), (128, 2, 64)),
 }
 _LARGEST_STREAMING = 2048
-# registers of a thread of NVIDIA's in the persistent regime, where each program is alone on its processor: left to
-# itself the compiler saves them, even by spilling, so that a second one would find room. Told so, it spills some
-# streaming plans
+# registers of a thread of NVIDIA's in the persistent and wavefront regimes, where each program is alone on its
+# processor: left to itself the compiler saves them, even by spilling, so that a second one would find room. Told so, it
+# spills some streaming plans
 PERSISTENT_REGISTERS = 255
 
 
@@ -214,6 +214,9 @@ def _persistent_layout(
     if target.startswith("gfx"):  # W_hh in registers
         chunks = _chunks(H, 256 if itemsize == 2 else 128)
         return (chunks, 1, 1, 8 if itemsize == 2 else 4) if backward else (chunks, 1, 1, 4)
+    # dealt out over warps, a chunk costs forward nothing, and short ones cover little more than H; but wide and ragged
+    # tiles have no registers for more than one on its way
+    longest, ahead = (1024, 1) if wide and ragged else (256, 8)
     if target in ("sm_90", "sm_100"):
         # each chunk costs wgmma a fence: backward one is better, up to 1024, though it covers more than H
         if backward and wide and ragged:
@@ -223,12 +226,12 @@ def _persistent_layout(
         whole = _chunks(H, 1024)[0] >= H and not ragged and (H <= 512 or itemsize == 2)
         if target == "sm_90" and wide and whole:
             return _chunks(H, 1024), 1, 1, 8
-        return _chunks(H, 1024 if wide or H <= 1024 else 512), 8, 1, 8
+        return _chunks(H, longest), 8, ahead, 8
     if backward:
         return _chunks(H, 128 if H <= 512 else 256), 1, 1, 8
     if wide and H > 768:
         return _chunks(H, 128), 1, 2, 8
-    return _chunks(H, 1024), 8, 1, 8
+    return _chunks(H, longest), 8, ahead, 8
 
 
 def _chunks(H: int, longest: int, whole: bool = False) -> tuple[int, int]:

@@ -47,6 +47,26 @@ def add_parts(ptrs, p, PROGRAMS: tl.constexpr, PARTS: tl.constexpr):
     return tl.trans(tl.sum(total, 0))
 
 
+@triton.jit
+def load_parts(ptrs, p, PROGRAMS: tl.constexpr, PARTS: tl.constexpr):
+    """The tiles of parts that `add_parts` adds up, all on their way before the first is needed."""
+    PART: tl.constexpr = ptrs.shape[1] * ptrs.shape[2]
+    tiles = ()
+    for p0 in tl.static_range(0, PROGRAMS, PARTS):
+        tile = tl.load(ptrs + p0 * PART, mask=p0 + p < PROGRAMS, other=0.0, cache_modifier=".cg")
+        tiles = tiles + (tile,)
+    return tiles
+
+
+@triton.jit
+def add_tiles(tiles):
+    """The sum of parts that have been loaded, in the order of `add_parts`."""
+    total = tiles[0].to(tl.float32)
+    for n in tl.static_range(1, len(tiles)):
+        total += tiles[n].to(tl.float32)
+    return tl.trans(tl.sum(total, 0))
+
+
 @triton.jit(do_not_specialize=["T", "B", "D", "first"])
 def backward_persistent(
     d_output_ptr,  # [N, D*H]; of a stack only the last layer's is given
@@ -207,17 +227,22 @@ def backward_persistent(
         store_gates(dgates_ptr + row * (D * 4 * H) + offs_gates, di, df, dg, do, mask_t, H)
 
         wait(counter, (s + 1) * PROGRAMS)
-        dh_new = add_parts(own_ptrs + slot(s) * slot_size, p, PROGRAMS, PARTS)
         if STACK:
-            dy_below = add_parts(dy_below_ptrs + slot(s) * slot_size, p, PROGRAMS, PARTS).to(dtype)
-            tl.store(d_output_ptr + row * (D * H) + offs_h - H, dy_below, mask=mask_t & mask_below)
-            # the dy of the step after next
+            dh_parts = load_parts(own_ptrs + slot(s) * slot_size, p, PROGRAMS, PARTS)
+            dy_parts = load_parts(dy_below_ptrs + slot(s) * slot_size, p, PROGRAMS, PARTS)
+            # the dy of the step after next, while both are on their way: one latency instead of three
             seen = wait_unless(counter_above, up * tl.minimum(s + 4, T + 1) * PROGRAMS, seen)
             mask_after = mask
             if VARLEN:
                 mask_after = mask & (t_after < lengths)[None, :]
             dy_ptrs = d_output_ptr + row_after * (D * H) + offs_h
             dy_after = tl.load(dy_ptrs, mask=mask_after, other=0.0, cache_modifier=".cg")
+            dh_new = add_tiles(dh_parts)
+            dy_below = add_tiles(dy_parts).to(dtype)
+            tl.store(d_output_ptr + row * (D * H) + offs_h - H, dy_below, mask=mask_t & mask_below)
+        else:
+            # tile by tile: streaming, the tiles of W_hh leave no registers to hold all parts
+            dh_new = add_parts(own_ptrs + slot(s) * slot_size, p, PROGRAMS, PARTS)
         if VARLEN:
             active = (t < lengths)[None, :]
             dh = tl.where(active, dh_new, dh)  # dy is 0 where a row is not active

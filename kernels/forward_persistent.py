@@ -27,7 +27,11 @@ def load_columns(w_ptrs, k0, SIZE: tl.constexpr, SPLIT: tl.constexpr):
     """Columns [k0, k0 + SIZE) of a tile of rows of a weight; [SPLIT, rows, SIZE / SPLIT] if split."""
     w = tl.load(w_ptrs + (k0 + tl.arange(0, SIZE))[None, :])
     if SPLIT > 1:
-        w = tl.permute(tl.reshape(w, (w.shape[0], SPLIT, SIZE // SPLIT)), (1, 0, 2))
+        # in the order in which `load_h` has the units
+        WORD: tl.constexpr = 32 // w.dtype.primitive_bitwidth
+        VECTOR: tl.constexpr = min(4 * WORD, SIZE // SPLIT // 4)
+        w = tl.reshape(w, (w.shape[0], SPLIT, SIZE // SPLIT // (4 * VECTOR), 4, VECTOR // WORD, WORD))
+        w = tl.reshape(tl.permute(w, (1, 0, 2, 4, 3, 5)), (SPLIT, w.shape[0], SIZE // SPLIT))
     return w
 
 
@@ -43,13 +47,44 @@ def load_rows(
 
 
 @triton.jit
-def load_h(h_ptrs, k0, SIZE: tl.constexpr, SPLIT: tl.constexpr):
-    """Units [k0, k0 + SIZE) of h, [SIZE, BLOCK_B], or [SPLIT, SIZE / SPLIT, BLOCK_B]."""
-    # L1 would only be polluted: each value is read once. That it is fresh is the work of the barrier, whose acquire
-    # comes before this load; .cg alone would not order it
-    h = tl.load(h_ptrs + (k0 + tl.arange(0, SIZE))[:, None], cache_modifier=".cg")
+def columns_of_h(BLOCK_B: tl.constexpr, SPLIT: tl.constexpr):
+    """A tile's batch rows as `load_h` wants them beside the units of h: [1, BLOCK_B], or in two dimensions if split."""
     if SPLIT > 1:
-        h = tl.reshape(h, (SPLIT, SIZE // SPLIT, h.shape[1]))
+        EIGHT: tl.constexpr = min(8, BLOCK_B)
+        eights = tl.arange(0, BLOCK_B // EIGHT) * EIGHT
+        b = eights[:, None, None, None, None, None] + tl.arange(0, EIGHT)[None, None, None, :, None, None]
+    else:
+        b = tl.arange(0, BLOCK_B)[None, :]
+    return b
+
+
+@triton.jit
+def load_h(h_ptrs, k0, SIZE: tl.constexpr, SPLIT: tl.constexpr):
+    """Units [k0, k0 + SIZE) of h, [SIZE, BLOCK_B]; if split [SPLIT, SIZE / SPLIT, BLOCK_B], units in another order.
+
+    The order of units is free, as long as W_hh has the same. The one here lets a thread load from L2 the very elements
+    that it feeds to mma.sync, where they would change hands in shared memory, with two barriers a chunk. Four threads
+    share a row of the batch, and the instruction takes a word (4 bytes) from each in turn. Each loads VECTOR elements
+    that lie together, so the first words of all four are counted first, then the second ones.
+    """
+    # L1 would only be polluted: each value is read once. That it is fresh is the work of the barrier, whose acquire
+    # comes before these loads; .cg alone would not order them
+    if SPLIT > 1:
+        WORD: tl.constexpr = 32 // h_ptrs.dtype.element_ty.primitive_bitwidth
+        VECTOR: tl.constexpr = min(4 * WORD, SIZE // SPLIT // 4)
+        RUNS: tl.constexpr = SIZE // SPLIT // (4 * VECTOR)
+        tl.static_assert(VECTOR >= WORD, "a chunk has at least 4 words for each of SPLIT warps")
+        # the compiler deals the dimensions out from the last on: a vector to a thread, to 4 * 8 threads, to SPLIT warps
+        k = tl.arange(0, VECTOR)[None, None, None, None, None, :]
+        k += tl.arange(0, 4)[None, None, None, None, :, None] * VECTOR
+        k += tl.arange(0, SPLIT)[None, None, :, None, None, None] * (SIZE // SPLIT)
+        k += tl.arange(0, RUNS)[None, :, None, None, None, None] * (4 * VECTOR)
+        h = tl.load(h_ptrs + (k0 + k), cache_modifier=".cg")
+        B: tl.constexpr = h.shape[0] * h.shape[3]
+        h = tl.reshape(h, (h.shape[0], RUNS, SPLIT, h.shape[3], 4, VECTOR // WORD, WORD))
+        h = tl.reshape(tl.permute(h, (2, 1, 5, 4, 6, 0, 3)), (SPLIT, SIZE // SPLIT, B))
+    else:
+        h = tl.load(h_ptrs + (k0 + tl.arange(0, SIZE))[:, None], cache_modifier=".cg")
     return h
 
 
@@ -182,8 +217,8 @@ def forward_persistent(
         # the first layer has none below: it reads its own last h again, against zeros, and never waits for it
         up = tl.minimum(part, 1)
         counter_below = counter - up * 32
-        below_all = exchange_ptr + (group - up) * (BLOCK_B * WIDTH) + b[None, :] * WIDTH
-    h_all = exchange_ptr + group * (BLOCK_B * WIDTH) + b[None, :] * WIDTH
+        below_all = exchange_ptr + (group - up) * (BLOCK_B * WIDTH) + columns_of_h(BLOCK_B, SPLIT) * WIDTH
+    h_all = exchange_ptr + group * (BLOCK_B * WIDTH) + columns_of_h(BLOCK_B, SPLIT) * WIDTH
     h_own = exchange_ptr + group * (BLOCK_B * WIDTH) + j[:, None] + b[None, :] * WIDTH
 
     PITCH: tl.constexpr = 2 * WIDTH if STACK else WIDTH

@@ -266,7 +266,7 @@ def _layout(plan: Plan, backward: bool, device: Device) -> dict[str, int | bool]
         layout["STREAM"] = plan.regime == "streaming"
         layout["STACK"] = plan.regime == "wavefront"
         layout["HIP"] = device.kind == "hip"
-        if device.kind == "cuda" and plan.regime == "persistent":
+        if device.kind == "cuda" and plan.regime in ("persistent", "wavefront"):
             layout["maxnreg"] = PERSISTENT_REGISTERS
         layout["launch_cooperative_grid"] = True  # programs that cannot all be on the chip are an error, not a hang
         if backward:

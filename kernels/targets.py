@@ -147,7 +147,7 @@ def compile_configuration(configuration: Configuration):
     pointers = {(n,): aligned for n, name in enumerate(signature) if signature[name].startswith("*")}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=pointers)
     options = {"num_warps": plan.num_warps, "num_stages": plan.num_stages}
-    if plan.regime == "persistent" and not values["HIP"]:
+    if plan.regime in ("persistent", "wavefront") and not values["HIP"]:
         options["maxnreg"] = PERSISTENT_REGISTERS
     return triton.compile(source, target=gpu_target(configuration.target), options=options)
 

@@ -199,8 +199,9 @@ def test_programs_alone_on_a_processor_take_all_its_registers():
     """As compiled for the budgets; AMD's compiler knows no such option, and others would only lose by it."""
     MI300X = Device("hip", "gfx942", processors=304)
     for device, H, expected in ((H100, 512, 255), (H100, 64, None), (H100, 2048, None), (MI300X, 512, None)):
-        plan = choose(Problem(1, 16, H, H, dtype=torch.float16), device)
-        assert launch._layout(plan, False, device).get("maxnreg") == expected
+        for L in (1, 2):  # with two layers, at H=512 a plan for both at once
+            plan = choose(Problem(1, 16, H, H, L=L, dtype=torch.float16), device)
+            assert launch._layout(plan, False, device).get("maxnreg") == expected
 
 
 @pytest.mark.gpu

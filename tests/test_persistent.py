@@ -68,6 +68,15 @@ def test_more_parts_than_a_tile_holds():
     check(Run(136, LENGTHS[:2], torch.float32, D=1, packed=True), BLOCK_K=64, TAIL_K=64)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_split_as_on_a_gpu(dtype):
+    """Each of two warps loads h by vectors of 16 bytes, more than one from a chunk, for more than eight rows."""
+    lengths = (3, 2, 2, 2, 2, 1, 1, 1, 1, 1)
+    layout = {"BLOCK_H": 16, "BLOCK_B": 16, "BLOCK_K": 128, "TAIL_K": 16, "SPLIT": 2}
+    for H in (140, 180):  # of the second W_hh is streamed
+        check(Run(H, lengths, dtype, D=1, packed=True), **layout)
+
+
 def test_projection():
     check(Run(24, LENGTHS[:3], torch.float32, D=2, P=5, packed=True))
 

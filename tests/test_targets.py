@@ -89,6 +89,16 @@ def check_files(row: dict, folder):
     assert (folder / f"{stem}.{binary}").read_bytes().startswith(b"\x7fELF")
 
 
+def test_h_goes_into_the_dot_as_it_was_loaded():
+    """A change of layout would cost two block barriers in each chunk: three have as many as one."""
+    command = ("-m", "fastlstm.kernels.targets", "--target=sm_80", "--target=sm_90", "--heaviest", "--json")
+    command += ("--filter=forward_persistent-float16-H(256|768)-h16-b16.*w8-save", "--dtype=float16")
+    rows = json.loads(run(*command))
+    assert len(rows) == 4
+    for target in ("sm_80", "sm_90"):
+        assert len({row["barriers"] for row in rows if row["target"] == target}) == 1, rows
+
+
 def test_a_plan_that_spills_is_noticed():
     script = """
 from fastlstm.plans import Plan
