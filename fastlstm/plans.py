@@ -138,7 +138,7 @@ def candidates(problem: Problem, device: Device, backward: bool = False) -> list
     plans = [plan for _, plan in found]
     if problem.stack and found and (plan := _persistent(problem, device, backward, 16, problem.L)):
         launches = -(-problem.L * -(-problem.B // 16) // plan.groups)
-        if launches * 1.4 < problem.L * found[0][0]:  # about what a step of two weights costs
+        if launches * 1.3 < problem.L * found[0][0]:  # about what a step of two weights costs
             plans.insert(0, plan)
     # a guess: with so many launches in turn, one large GEMM a step is no slower
     return [*plans, stepwise] if found and found[0][0] <= 8 else [stepwise, *plans]
