@@ -223,9 +223,6 @@ def _persistent_layout(
             return _chunks(H, 512 if H > 768 else 1024), 1, 1, 8
         if backward:
             return _chunks(H, 1024, whole=True), 1, 1, 8
-        whole = _chunks(H, 1024)[0] >= H and not ragged and (H <= 512 or itemsize == 2)
-        if target == "sm_90" and wide and whole:
-            return _chunks(H, 1024), 1, 1, 8
         return _chunks(H, longest), 8, ahead, 8
     if backward:
         return _chunks(H, 128 if H <= 512 else 256), 1, 1, 8
