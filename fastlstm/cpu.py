@@ -37,8 +37,8 @@ _LSTM = 2  # the cell's number in aten.mkldnn_rnn_layer
 _SATURATED = (-1e30, 1e30, 0.0, -1e30)
 
 # what cutting costs, as rows that could be computed meanwhile: the weights' new layout and a fixed time, both measured
-_ROWS_PER_CUT = 96
-_FLOPS_PER_CUT = 1e7
+_ROWS_PER_CUT = 32
+_FLOPS_PER_CUT = 5e6
 # a chunk's working memory stays below this, or below what is left free of the size of stock's graph (`_memory`)
 _CHUNK_BYTES = 1 << 20
 

@@ -152,9 +152,8 @@ def lstm_backward(
         dgates_d = dgates[:, d * 4 * H : (d + 1) * 4 * H]
         da_i, da_f, da_g, da_o = dgates_d.chunk(4, 1)
         _sigmoid_backward(g, i, grad_input=da_i)  # g i (1 - i)
-        c_prev = previous(cells_d, c0[d].to(dtype), batch_sizes, reverse=d == 1)
-        _sigmoid_backward(c_prev, f, grad_input=da_f)  # c_prev f (1 - f)
-        del c_prev
+        previous(cells_d, c0[d].to(dtype), batch_sizes, reverse=d == 1, out=da_f)
+        _sigmoid_backward(da_f, f, grad_input=da_f)  # c_prev f (1 - f)
         _tanh_backward(i, g, grad_input=da_g)  # i (1 - g^2)
         _sigmoid_backward(tanh_c, o, grad_input=da_o)  # tanh_c o (1 - o)
         dc_dm = _tanh_backward(o, tanh_c, grad_input=tanh_c)  # o (1 - tanh_c^2)
@@ -169,16 +168,18 @@ def lstm_backward(
         steps = list(zip(*(part.split(sizes) for part in parts), strict=True))
         dh_steps = dh_d.split(sizes)
         dc = dc_n[d]
+        dc_of_gates = dc.unsqueeze(1)
         order = _order(len(sizes), d)
         for t, before in zip(reversed(order), (*reversed(order[:-1]), None), strict=False):
             da, da_ifg, da_o, f, dc_dm = steps[t]
             dh = dh_steps[t]
             if len(dh) != len(dc):
                 dc = dc_n[d, : len(dh)]
+                dc_of_gates = dc.unsqueeze(1)
 
             dm = dh if w_hr_d is None else torch.mm(dh, w_hr_d)
             dc.addcmul_(dm, dc_dm)
-            da_ifg.mul_(dc.unsqueeze(1))
+            da_ifg.mul_(dc_of_gates)
             da_o.mul_(dm)
             dc.mul_(f)
 
@@ -231,7 +232,9 @@ def lstm_differentiable(
     return output, torch.stack(h_n).to(h0.dtype), torch.stack(c_n).to(h0.dtype)
 
 
-def previous(values: Tensor, initial: Tensor, batch_sizes: Tensor | None, reverse: bool) -> Tensor:
+def previous(
+    values: Tensor, initial: Tensor, batch_sizes: Tensor | None, reverse: bool, out: Tensor | None = None
+) -> Tensor:
     """Return, for each row, the row of `values` at the step before it in a direction, `initial` at its first step.
 
     Args:
@@ -239,13 +242,14 @@ def previous(values: Tensor, initial: Tensor, batch_sizes: Tensor | None, revers
         initial: [B, K].
         batch_sizes: [T] for packed rows, None for dense ones.
         reverse: whether the direction runs time backwards, so that the step before t is t + 1.
+        out: [N, K], where to write.
 
     Returns:
         [N, K].
     """
     B = initial.shape[0]
     if batch_sizes is None:
-        return torch.cat((values[B:], initial) if reverse else (initial, values[: values.shape[0] - B]))
+        return torch.cat((values[B:], initial) if reverse else (initial, values[: values.shape[0] - B]), out=out)
     ends = batch_sizes.cumsum(0)
     # a tracer cannot know the sum of batch_sizes
     t = torch.arange(batch_sizes.shape[0]).repeat_interleave(batch_sizes, output_size=values.shape[0])
@@ -259,7 +263,8 @@ def previous(values: Tensor, initial: Tensor, batch_sizes: Tensor | None, revers
         starts_previous = torch.cat((batch_sizes.new_zeros(1), ends[:-1] - batch_sizes[:-1]))
         index = starts_previous[t] + b
         first = torch.arange(B)
-    return values.index_select(0, index.to(values.device)).index_copy_(0, first.to(values.device), initial)
+    rows = torch.index_select(values, 0, index.to(values.device), out=out)
+    return rows.index_copy_(0, first.to(values.device), initial)
 
 
 def first_rows(values: Tensor, B: int, batch_sizes: Tensor | None, reverse: bool) -> Tensor:
