@@ -36,7 +36,8 @@ from fastlstm.weights import DirectionWeights
 _LSTM = 2  # the cell's number in aten.mkldnn_rnn_layer
 _SATURATED = (-1e30, 1e30, 0.0, -1e30)
 
-# what cutting costs, as rows that could be computed meanwhile: the weights' new layout and a fixed time, both measured
+# what cutting costs in training, as rows that could be computed meanwhile: the weights' new layout and a fixed time,
+# both measured
 _ROWS_PER_CUT = 32
 _FLOPS_PER_CUT = 5e6
 # a chunk's working memory stays below this, or below what is left free of the size of stock's graph (`_memory`)
@@ -91,8 +92,9 @@ def lstm_layer(
         output, h_n, c_n = lstm_layer(x.flatten(0, 1), h0, c0, weights, batch_sizes)
         return output.view(*x.shape[:2], -1), h_n, c_n
     flat = [weight for direction in weights for weight in direction]
-    chunks = _chunks(batch_sizes, x.shape[1], h0.shape[2], len(weights), x.dtype)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, h0, c0, *flat)):
+    training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, h0, c0, *flat))
+    chunks = _chunks(batch_sizes, x.shape[1], h0.shape[2], len(weights), x.dtype, training)
+    if training:
         output, h_n, c_n, *_ = _PackedLayer.apply(x, h0, c0, batch_sizes, chunks, *flat)  # pyright: ignore
         return output, h_n, c_n
     output, h_n, c_n, *_ = _forward(x, h0, c0, flat, chunks, save=False)
@@ -309,10 +311,17 @@ def _gather_input(x: Tensor, chunk: _Chunk) -> Tensor:
     return gathered.view(chunk.steps, chunk.rows, I + 1)
 
 
-def _chunks(batch_sizes: Tensor, I: int, H: int, D: int, dtype: torch.dtype) -> list[list[_Chunk]]:  # noqa: E741
+def _chunks(
+    batch_sizes: Tensor,
+    I: int,  # noqa: E741
+    H: int,
+    D: int,
+    dtype: torch.dtype,
+    training: bool,
+) -> list[list[_Chunk]]:
     """Cut a packed layer into chunks, the same cuts for each of the D directions."""
     most, keep = _memory(int(batch_sizes.sum()), I, H, dtype)
-    cuts = _cut(batch_sizes, I, H, most)
+    cuts = _cut(batch_sizes, I, H, most, training)
     chunks: list[list[_Chunk]] = [[] for _ in range(D)]
     lengths, offsets = reference.spans(batch_sizes)
     for (start, rows), (end, rows_after) in itertools.pairwise(cuts):
@@ -343,12 +352,14 @@ def _memory(N: int, I: int, H: int, dtype: torch.dtype) -> tuple[float, bool]:  
     return max(_CHUNK_BYTES, free) / place_bytes, keep
 
 
-def _cut(batch_sizes: Tensor, I: int, H: int, most: float) -> list[tuple[int, int]]:  # noqa: E741
+def _cut(batch_sizes: Tensor, I: int, H: int, most: float, training: bool) -> list[tuple[int, int]]:  # noqa: E741
     """Return (first step, rows active there) of each chunk of at most `most` places, and (T, 0) as the last item.
 
     A chunk ends where its dead places would come to cost more than another call.
     """
     rows_per_cut = _ROWS_PER_CUT + _FLOPS_PER_CUT / (8 * H * (I + H))
+    if not training:
+        rows_per_cut *= 2  # a place costs a third of what it does with a backward pass, a call half
     values, counts = batch_sizes.unique_consecutive(return_counts=True)
     cuts: list[tuple[int, int]] = []
     start = dead = cut_at = 0

@@ -235,20 +235,21 @@ def test_any_stride():
 
 
 @pytest.mark.parametrize("lengths", [LENGTHS, (5,), (64, 1), tuple(range(200, 0, -1))], ids=len)
-def test_cuts_cover_all_steps_and_bound_waste_and_size(lengths, monkeypatch):
+@pytest.mark.parametrize("training", [True, False])
+def test_cuts_cover_all_steps_and_bound_waste_and_size(lengths, training, monkeypatch):
     batch_sizes = pack_sequence([torch.zeros(n, 1) for n in lengths]).batch_sizes
     T, I, H = len(batch_sizes), 64, 64  # noqa: E741
     monkeypatch.setattr(cpu, "_CHUNK_BYTES", 0)
     monkeypatch.setattr(cpu, "_FLOPS_PER_CUT", 0)
     most, _ = cpu._memory(sum(lengths), I, H, torch.float32)
-    cuts = cpu._cut(batch_sizes, I, H, most)
+    cuts = cpu._cut(batch_sizes, I, H, most, training)
     assert cuts[0] == (0, len(lengths))
     assert cuts[-1] == (T, 0)
     for (start, rows), (end, _) in pairwise(cuts):
         assert start < end
         assert rows == batch_sizes[start]
         places, alive = rows * (end - start), int(batch_sizes[start:end].sum())
-        assert places - alive <= cpu._ROWS_PER_CUT
+        assert places - alive <= cpu._ROWS_PER_CUT * (1 if training else 2)
         assert end - start == 1 or places <= sum(lengths) * 6 / 20
 
 
