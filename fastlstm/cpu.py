@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastlstm import autograd, reference
+from fastlstm import autocast, autograd, reference
 from fastlstm.weights import DirectionWeights
 
 _LSTM = 2  # the cell's number in aten.mkldnn_rnn_layer
@@ -180,7 +180,9 @@ class _PackedLayer(torch.autograd.Function):
         if torch.is_grad_enabled():
             gradients = autograd.differentiable_backward((d_output, dh_n, dc_n), inputs, needs, batch_sizes)
         else:
-            gradients = _backward((d_output, dh_n, dc_n), inputs, needs, output, states, ctx.workspaces, ctx.chunks)
+            saved = (output, states, ctx.workspaces, ctx.chunks)
+            with autocast.off(x.device):  # a workspace that is made again is made as forward would
+                gradients = _backward((d_output, dh_n, dc_n), inputs, needs, *saved)
         return *gradients[:3], None, None, *gradients[3:]
 
 
