@@ -313,7 +313,6 @@ def _gradients(
         d_output, *cotangents[1:], gates, cells, c0, w_hh, w_hr, batch_sizes, backend, above
     )
 
-    dx = _times_weight(dgates.chunk(D, 1)[0] if stack else dgates, w_ih).view(shape) if needs_x else None
     dh0: list[Tensor] = []
     dflat: list[Tensor | None] = []
     for d, (dgates_d, output_d) in enumerate(zip(dgates.chunk(D, 1), output.chunk(D, 1), strict=True)):
@@ -334,6 +333,8 @@ def _gradients(
             m = o * cells[:, d * H : (d + 1) * H].tanh().to(o.dtype)
             dw_hr = _sum_of_outer(dh.chunk(D, 1)[d], m)
         dflat += [dw_ih, dw_hh, db if needs_b_ih else None, db if needs_b_hh else None, dw_hr]
+    # last, for it may be the largest, and the products above need room of their own while they are made
+    dx = _times_weight(dgates.chunk(D, 1)[0] if stack else dgates, w_ih).view(shape) if needs_x else None
     return [dx, stack_tensors(dh0) if needs_h0 else None, dc0 if needs_c0 else None, *dflat]
 
 

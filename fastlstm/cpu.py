@@ -50,8 +50,10 @@ class _Chunk(NamedTuple):
     Attributes:
         steps: number of steps.
         rows: number of batch rows, those active at the first step.
-        source: [steps * rows], the row of the packed data at each place (where it is dead, its last one).
-        dead: [any], the dead places.
+        source: [steps * rows], the row of the packed data at each place; any where it is dead.
+        alive: [any], the places that are not dead.
+        dead: [any], those that are.
+        data: the rows of the packed data at `alive`, in that order.
         ends: [any], the place of the last step of each row that goes no further: the last rows of the batch.
         keep: whether training keeps oneDNN's workspace; else backward makes it again.
     """
@@ -59,7 +61,9 @@ class _Chunk(NamedTuple):
     steps: int
     rows: int
     source: Tensor
+    alive: Tensor
     dead: Tensor
+    data: slice | Tensor
     ends: Tensor
     keep: bool
 
@@ -196,12 +200,14 @@ def _forward(
 ) -> tuple[Any, ...]:
     """Run every chunk of every direction; with `save`, return five more tensors a chunk for `_backward`."""
     H = h0.shape[2]
-    output = x.new_zeros(len(x), len(h0) * H)
+    output = x.new_empty(len(x), len(h0) * H)
     h_n = torch.empty_like(h0, memory_format=torch.contiguous_format)
     c_n = torch.empty_like(h_n)
     states: list[Tensor | None] = []
     for d, chunks_d in enumerate(chunks):
         weights, has_biases = _direction(flat, d)
+        if not save:
+            weights[:2] = _laid_out(weights[0], weights[1], H, has_biases)
         output_d = output[:, d * H : (d + 1) * H]
         # c stays in float32 from chunk to chunk; oneDNN asks for contiguous states but does not check
         h, c = h0[d].contiguous(), c0[d].float().contiguous()
@@ -209,7 +215,7 @@ def _forward(
             before = h, c = h[: chunk.rows], c[: chunk.rows]
             y, h, c, workspace = _run(_gather_input(x, chunk), weights, *before, has_biases, save and chunk.keep)
             y = y.view(-1, H)
-            output_d.index_add_(0, chunk.source, y)  # dead places add 0
+            _scatter(y, chunk, output_d)
             ended = slice(chunk.rows - len(chunk.ends), chunk.rows)
             h_n[d, ended] = y.index_select(0, chunk.ends)
             c_n[d, ended] = c[ended]
@@ -261,10 +267,9 @@ def _backward(
                 False, _LSTM, H, 1, has_biases, True, False, [], False, workspace,
             )  # fmt: skip
             if dx is not None:
-                if d == 0:  # written no sooner than a workspace is freed: what is not touched is no memory yet
-                    first = int(chunk.source[0])
-                    dx[first : first + len(chunk.source) - len(chunk.dead)] = 0
-                dx.index_add_(0, chunk.source, dx_chunk.flatten(0, 1)[:, : x.shape[1]].to(x.dtype))
+                dx_chunk = dx_chunk.flatten(0, 1)[:, : x.shape[1]].to(x.dtype)
+                # written no sooner than a workspace is freed: what is not touched is no memory yet
+                _scatter(dx_chunk, chunk, dx, add=d > 0)
             sums = [a.add_(b) for a, b in zip(sums, dweights, strict=True)] if sums else dweights
         dh0[d], dc0[d] = dh, dc
         dw_ih, *others = sums
@@ -297,6 +302,12 @@ def _direction(flat: Sequence[Tensor | None], d: int) -> tuple[list[Tensor], boo
     return [w_ih, w_hh.detach(), *biases], b_ih is not None
 
 
+def _laid_out(w_ih: Tensor, w_hh: Tensor, H: int, has_biases: bool) -> list[Tensor]:
+    """Return a direction's weights as oneDNN reads them without a backward pass, or every call would do it."""
+    lay_out: Any = torch.ops.mkldnn._reorder_mkldnn_rnn_layer_weight.default
+    return lay_out(w_ih, w_hh, H, False, has_biases, False)
+
+
 def _gather(rows: Tensor, chunk: _Chunk) -> Tensor:
     """Return the chunk's rows [steps * rows, K] out of packed ones [N, K], 0 at dead places."""
     return rows.index_select(0, chunk.source).index_fill_(0, chunk.dead, 0)
@@ -308,9 +319,20 @@ def _gather_input(x: Tensor, chunk: _Chunk) -> Tensor:
     gathered = x.new_empty(len(chunk.source), I + 1)
     torch.index_select(x.detach(), 0, chunk.source, out=gathered[:, :I])
     gathered[:, I] = 0
-    gathered.index_fill_(0, chunk.dead, 0)
-    gathered[:, I].index_fill_(0, chunk.dead, 1)
+    if len(chunk.dead):
+        gathered.index_fill_(0, chunk.dead, 0)
+        gathered[:, I].index_fill_(0, chunk.dead, 1)
     return gathered.view(chunk.steps, chunk.rows, I + 1)
+
+
+def _scatter(places: Tensor, chunk: _Chunk, rows: Tensor, add: bool = False) -> None:
+    """Bring what stands at the live places [steps * rows, K] of a chunk to its rows of packed ones [N, K]."""
+    if isinstance(chunk.data, slice):
+        torch.index_select(places, 0, chunk.alive, out=rows[chunk.data])
+    elif add:
+        rows.index_add_(0, chunk.data, places.index_select(0, chunk.alive))
+    else:
+        rows.index_copy_(0, chunk.data, places.index_select(0, chunk.alive))
 
 
 def _chunks(
@@ -322,20 +344,42 @@ def _chunks(
     training: bool,
 ) -> list[list[_Chunk]]:
     """Cut a packed layer into chunks, the same cuts for each of the D directions."""
-    most, keep = _memory(int(batch_sizes.sum()), I, H, dtype)
-    cuts = _cut(batch_sizes, I, H, most, training)
-    chunks: list[list[_Chunk]] = [[] for _ in range(D)]
-    lengths, offsets = reference.spans(batch_sizes)
-    for (start, rows), (end, rows_after) in itertools.pairwise(cuts):
-        step = torch.arange(start, end, device="cpu").unsqueeze(1)
-        b = torch.arange(rows, device="cpu")
-        last = lengths[:rows] - 1
-        dead = (step > last).flatten().nonzero().squeeze(1)
-        step = torch.minimum(step, last)  # [steps, rows]
-        ends = (last[rows_after:] - start) * rows + b[rows_after:]
-        for d in range(D):
-            source = offsets[last - step if d else step] + b
-            chunks[d].append(_Chunk(end - start, rows, source.flatten(), dead, ends, keep))
+    # what has a number for each step or batch row is made in Python, what has one for each row of the data in torch
+    sizes = batch_sizes.tolist()
+    most, keep = _memory(sum(sizes), I, H, dtype)
+    cuts = _cut(sizes, I, H, most, training)
+    offsets = [0, *itertools.accumulate(sizes)]
+    lengths = [0] * sizes[0]
+    for t, (n, after) in enumerate(itertools.pairwise([*sizes, 0]), 1):
+        lengths[after:n] = [t] * (n - after)
+    first: list[int] = []  # place of each step's first row, where all chunks lie one after the other
+    places = 0
+    for (start, rows), (end, _) in itertools.pairwise(cuts):
+        first += range(places, places + (end - start) * rows, rows)
+        places += (end - start) * rows
+
+    def of_rows(values: Sequence[int]) -> Tensor:
+        return torch.tensor(values, device="cpu").repeat_interleave(batch_sizes)
+
+    row = torch.arange(offsets[-1], device="cpu")
+    place = row + of_rows([a - b for a, b in zip(first, offsets, strict=False)])
+    by_direction = [place]  # where each row of the data stands
+    if D == 2:
+        b = row - of_rows(offsets[:-1])
+        step = torch.tensor(lengths, device="cpu")[b] - 1 - of_rows(range(len(sizes)))
+        by_direction.append(torch.tensor(first, device="cpu")[step] + b)
+
+    chunks: list[list[_Chunk]] = []
+    for d, place_d in enumerate(by_direction):
+        source_d = torch.zeros(places, dtype=torch.int64, device="cpu").index_copy_(0, place_d, row)
+        chunks.append([])
+        for (start, rows), (end, after) in itertools.pairwise(cuts):
+            begin, data = first[start], slice(offsets[start], offsets[end])
+            source, alive = source_d[begin : begin + (end - start) * rows], place[data] - begin
+            dead = [k * rows + b for k, n in enumerate(sizes[start:end]) for b in range(n, rows)]
+            ends = [first[n - 1] - begin + b for b, n in enumerate(lengths[after:rows], after)]
+            dead, ends = (torch.tensor(found, dtype=torch.int64, device="cpu") for found in (dead, ends))
+            chunks[d].append(_Chunk(end - start, rows, source, alive, dead, source[alive] if d else data, ends, keep))
     return chunks
 
 
@@ -354,7 +398,7 @@ def _memory(N: int, I: int, H: int, dtype: torch.dtype) -> tuple[float, bool]:  
     return max(_CHUNK_BYTES, free) / place_bytes, keep
 
 
-def _cut(batch_sizes: Tensor, I: int, H: int, most: float, training: bool) -> list[tuple[int, int]]:  # noqa: E741
+def _cut(sizes: list[int], I: int, H: int, most: float, training: bool) -> list[tuple[int, int]]:  # noqa: E741
     """Return (first step, rows active there) of each chunk of at most `most` places, and (T, 0) as the last item.
 
     A chunk ends where its dead places would come to cost more than another call.
@@ -362,10 +406,10 @@ def _cut(batch_sizes: Tensor, I: int, H: int, most: float, training: bool) -> li
     rows_per_cut = _ROWS_PER_CUT + _FLOPS_PER_CUT / (8 * H * (I + H))
     if not training:
         rows_per_cut *= 2  # a place costs a third of what it does with a backward pass, a call half
-    values, counts = batch_sizes.unique_consecutive(return_counts=True)
     cuts: list[tuple[int, int]] = []
     start = dead = cut_at = 0
-    for rows, steps in zip(values.tolist(), counts.tolist(), strict=True):
+    for rows, run in itertools.groupby(sizes):
+        steps = len(list(run))
         if cuts:
             dead += (cuts[-1][1] - rows) * steps
         if dead > rows_per_cut:

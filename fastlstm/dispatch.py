@@ -100,7 +100,7 @@ input_size=3, hidden_size=4, num_layers=1, directions=1.
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
 
     if backend == "auto" and device.kind == "cpu":
-        backend, regime, reason = _decide_cpu(problem)
+        backend, regime, reason = _decide_cpu(problem, intel=device.target == "intel")
         return Decision(backend, regime, reason, problem, device)
     if backend == "auto" and all(ms == math.inf for _, ms in times):
         backend, regime, reason = _decide_gpu(problem, device)
@@ -179,8 +179,11 @@ def _decide_gpu(problem: Problem, device: Device) -> tuple[str, str, str]:
     return "torch", "stock", "Stock's own op runs, since W_hh does not fit one program, and a launch a step loses."
 
 
-def _decide_cpu(problem: Problem) -> tuple[str, str, str]:
-    """Return (backend, regime, reason) for "auto" on CPU tensors; where the bounds lie was measured."""
+def _decide_cpu(problem: Problem, intel: bool) -> tuple[str, str, str]:
+    """Return (backend, regime, reason) for "auto" on CPU tensors; where the bounds lie was measured.
+
+    A loop over the steps is MKL's products, stock's as ours, and on an `intel` processor they are its best.
+    """
     p = problem
     if p.B == 0:
         return "torch", "stock", "The batch has no rows."
@@ -190,13 +193,14 @@ def _decide_cpu(problem: Problem) -> tuple[str, str, str]:
             if p.T == 1 and p.B <= 8 and not p.training:
                 return "torch", "step", "For one step oneDNN's layout of the weights costs more than torch's cell."
             return "torch", "stock", "Stock's own op runs a dense batch in one oneDNN call a layer."
-        if not (obstacle := _obstacle_to_chunks(p)):
+        if not (obstacle := _obstacle_to_chunks(p, intel)):
             return "onednn", "chunks", "Stock would go step by step; chunks of steps run as dense oneDNN layers."
     else:
         obstacle = "oneDNN has no kernel for this dtype here"
-    # over few steps what a call costs outweighs stock's graph; in bfloat16 the loop, which computes in float32, takes
-    # up to twice stock's memory; stock's float16 is slow with or without a graph
-    saves_graph = p.training and p.T >= 16 and p.dtype != torch.bfloat16
+    # over few steps what a call costs outweighs stock's graph; stock's float16 is slow with or without one
+    saves_graph = p.training and (8 if intel else 16) <= p.T
+    if p.dtype == torch.bfloat16 and p.P and not intel:  # the loop's products are in float32
+        saves_graph = False
     if saves_graph or (p.dtype == torch.float16 and p.B >= 8):
         return "reference", "loop", f"Since {obstacle}, plain torch runs the steps, its backward written by hand."
     return "torch", "stock", f"Since {obstacle}, stock's own loop over the steps is as fast as any."
@@ -209,11 +213,13 @@ def _onednn_has(dtype: torch.dtype) -> bool:
     return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def _obstacle_to_chunks(p: Problem) -> str:
+def _obstacle_to_chunks(p: Problem, intel: bool) -> str:
     """Return why `cpu.py` would lose against a loop over the steps, or ''."""
     bf16 = p.dtype == torch.bfloat16
+    if intel and p.training and p.B * p.H * (p.I + p.H) > 1 << 17:
+        return "MKL's products of a step are as fast as oneDNN's layer"
     # stock's steps without a graph are the cheapest, in float32 above all; a projection adds products of its own
-    shortest = 12 if p.training else 16 if bf16 else 24
+    shortest = 12 if p.training else 16 if bf16 else 48 if intel else 24
     if (1.5 * shortest if p.P else shortest) > p.T:
         return "a sequence is too short to pay for the call"
     if p.H > 4 * p.P > 0:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
+import sys
 import warnings
 from dataclasses import dataclass
 
@@ -54,7 +56,8 @@ class Device:
 
     Attributes:
         kind: "cpu", "cuda", "hip", or torch's own name of any other device type ("mps", "meta", ...).
-        target: the compile target: "cpu", "sm_90", "gfx942", ...; the kind where there is none.
+        target: the compile target: "sm_90", "gfx942", ...; of a CPU "intel", where MKL is at its best, or "cpu"; else
+            the kind.
         name: as the vendor names it.
         processors: multiprocessors (of a MIG or MPS share: those it was given), 0 where that does not matter.
     """
@@ -74,11 +77,11 @@ def device_of(device: torch.device) -> Device:
     """Return the limits of a torch device; a GPU's are asked of its driver once.
 
     Example:
-        >>> device_of(torch.device("cpu"))
-        Device(kind='cpu', target='cpu', name='CPU', processors=0)
+        >>> device_of(torch.device("cpu")).kind
+        'cpu'
     """
     if device.type == "cpu":
-        return _CPU
+        return _cpu()
     if device.type != "cuda":
         return Device(device.type, device.type)
     index = torch.cuda.current_device() if device.index is None else device.index
@@ -105,9 +108,25 @@ def limit_processors(device: torch.device, most: int) -> None:
         )
 
 
-_CPU = Device("cpu", "cpu", "CPU")
 _gpus: dict[int, Device] = {}
 _limited: set[Device] = set()
+
+
+@functools.cache
+def _cpu() -> Device:
+    intel = torch.backends.mkl.is_available() and "GenuineIntel" in _cpu_names()
+    return Device("cpu", "intel" if intel else "cpu", "CPU")
+
+
+def _cpu_names() -> str:
+    """Return a text in which the maker of this machine's processor stands."""
+    if sys.platform == "win32":
+        return os.environ.get("PROCESSOR_IDENTIFIER", "")
+    try:
+        with open("/proc/cpuinfo") as file:
+            return file.read(1024)
+    except OSError:
+        return ""
 
 
 def _gpu(index: int) -> Device:

@@ -21,9 +21,13 @@ float16, projection): one loop, no graph. It is the wrong tool for dense float32
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+# 16-bit rows are widened in blocks of so many bytes at least
+_BLOCK_BYTES = 1 << 18
 # a gradient times y (1 - y), or 1 - y^2, in one pass
 _sigmoid_backward = torch.ops.aten.sigmoid_backward.grad_input
 _tanh_backward = torch.ops.aten.tanh_backward.grad_input
@@ -61,45 +65,50 @@ def lstm_forward(
     """
     D, B, P = h0.shape
     H = c0.shape[2]
-    N = len(gates_x)
     dtype = accumulation_dtype(gates_x.dtype)
+    narrow = dtype != gates_x.dtype
     sizes = _sizes(gates_x, B, batch_sizes)
-    gates = gates_x.to(dtype)
+    blocks = _blocks(sizes, (4 * H + P) * dtype.itemsize if narrow else 0)
 
-    output = gates.new_empty(N, D * P)
-    cells = gates.new_empty((N, D * H) if save else 0)
+    output = gates_x.new_empty(len(gates_x), D * P)
+    cells = gates_x.new_empty((len(gates_x), D * H) if save else 0, dtype=dtype)
     h_n, c_n = (state.to(dtype, copy=True, memory_format=torch.contiguous_format) for state in (h0, c0))
 
     for d in range(D):
         w_hh_t = _transposed(w_hh[d].to(dtype))
         w_hr_t = None if w_hr is None else w_hr[d].to(dtype).t()
-        gates_d = gates[:, d * 4 * H : (d + 1) * 4 * H]
-        # views of each step, all made at once: in the loop they would cost as much as the arithmetic
-        parts = (gates_d, gates_d[:, : 2 * H], *gates_d.chunk(4, 1), output[:, d * P : (d + 1) * P])
-        steps = list(zip(*(part.split(sizes) for part in parts), strict=True))
-        cells_steps = cells[:, d * H : (d + 1) * H].split(sizes) if save else ()
         h, c = h_n[d], c_n[d]
-        for t in _order(len(sizes), d):
-            gates_t, i_f, i, f, g, o, h_t = steps[t]
-            n = len(h_t)
-            if n < len(h):  # rows have ended, or have not begun
-                h_n[d, n : len(h)], c_n[d, n : len(h)] = h[n:], c[n:]
-                h, c = h[:n], c[:n]
-            elif n > len(h):  # rows begin, only where time runs backwards
-                h, c = torch.cat((h, h_n[d, len(h) : n])), torch.cat((c, c_n[d, len(c) : n]))
+        for steps, rows in reversed(blocks) if d else blocks:
+            gates_x_rows = gates_x[rows, d * 4 * H : (d + 1) * 4 * H]
+            output_rows = output[rows, d * P : (d + 1) * P]
+            gates = gates_x_rows.to(dtype)
+            hidden = torch.empty_like(output_rows, dtype=dtype) if narrow else output_rows
+            # views of each step, all made at once: in the loop they would cost as much as the arithmetic
+            views = _views((gates, gates[:, : 2 * H], *gates.chunk(4, 1), hidden), sizes[steps])
+            cells_steps = cells[rows, d * H : (d + 1) * H].split(sizes[steps]) if save else ()
+            for k in _order(len(views), d):
+                gates_t, i_f, i, f, g, o, h_t = views[k]
+                n = len(h_t)
+                if n < len(h):  # rows have ended, or have not begun
+                    h_n[d, n : len(h)], c_n[d, n : len(h)] = h[n:], c[n:]
+                    h, c = h[:n], c[:n]
+                elif n > len(h):  # rows begin, only where time runs backwards
+                    h, c = torch.cat((h, h_n[d, len(h) : n])), torch.cat((c, c_n[d, len(c) : n]))
 
-            gates_t.addmm_(h, w_hh_t)
-            i_f.sigmoid_()
-            c = torch.mul(c, f, out=cells_steps[t] if save else c).addcmul_(i, g.tanh_())
+                gates_t.addmm_(h, w_hh_t)
+                i_f.sigmoid_()
+                c = torch.mul(c, f, out=cells_steps[k] if save else c).addcmul_(i, g.tanh_())
 
-            if w_hr_t is None:
-                h = torch.tanh(c, out=h_t).mul_(o.sigmoid_())
-            else:
-                h = torch.mm(c.tanh().mul_(o.sigmoid_()), w_hr_t, out=h_t)
+                if w_hr_t is None:
+                    h = torch.tanh(c, out=h_t).mul_(o.sigmoid_())
+                else:
+                    h = torch.mm(c.tanh().mul_(o.sigmoid_()), w_hr_t, out=h_t)
+            if narrow:
+                output_rows.copy_(hidden)
+                if save:
+                    gates_x_rows.copy_(gates)
         h_n[d, : len(h)], c_n[d, : len(c)] = h, c
-    gates = gates_x.copy_(gates) if save else gates_x.new_empty(0)  # a copy onto itself costs nothing
-    output, h_n, c_n = (value.to(h0.dtype) for value in (output, h_n, c_n))
-    return output, h_n, c_n, gates, cells
+    return output, h_n.to(h0.dtype), c_n.to(h0.dtype), gates_x if save else gates_x.new_empty(0), cells
 
 
 def lstm_backward(
@@ -136,62 +145,62 @@ def lstm_backward(
     D, B, H = c0.shape
     P = dh_n.shape[2]
     dtype = cells.dtype
+    narrow = dtype != gates.dtype
     sizes = _sizes(gates, B, batch_sizes)
-    dgates = gates.new_empty(gates.shape, dtype=dtype)
-    dh_rows = d_output.new_empty(0 if w_hr is None else d_output.shape)
+    blocks = _blocks(sizes, (9 * H + P) * dtype.itemsize if narrow else 0)
+
+    dgates = torch.empty_like(gates)
+    dh_rows = torch.empty_like(d_output) if w_hr is not None else d_output.new_empty(0)
     dc_n = dc_n.to(dtype, copy=True, memory_format=torch.contiguous_format)
-    tanh_c, dh_d = cells.new_empty(len(cells), H), cells.new_empty(len(cells), P)
-    rows = torch.arange(len(gates), device=gates.device)
 
     for d in range(D):
-        i, f, g, o = gates[:, d * 4 * H : (d + 1) * 4 * H].to(dtype).chunk(4, 1)
-        cells_d = cells[:, d * H : (d + 1) * H]
-        torch.tanh(cells_d, out=tanh_c)
-
-        # all that does not depend on dh and dc, for all rows at once; the loop multiplies it in place
-        dgates_d = dgates[:, d * 4 * H : (d + 1) * 4 * H]
-        da_i, da_f, da_g, da_o = dgates_d.chunk(4, 1)
-        _sigmoid_backward(g, i, grad_input=da_i)  # g i (1 - i)
-        previous(cells_d, c0[d].to(dtype), batch_sizes, reverse=d == 1, out=da_f)
-        _sigmoid_backward(da_f, f, grad_input=da_f)  # c_prev f (1 - f)
-        _tanh_backward(i, g, grad_input=da_g)  # i (1 - g^2)
-        _sigmoid_backward(tanh_c, o, grad_input=da_o)  # tanh_c o (1 - o)
-        dc_dm = _tanh_backward(o, tanh_c, grad_input=tanh_c)  # o (1 - tanh_c^2)
-
         w_hh_d = w_hh[d].to(dtype)
         w_hr_d = None if w_hr is None else w_hr[d].to(dtype)
-        # each step adds its part to the rows of the step before
-        dh_d.copy_(d_output[:, d * P : (d + 1) * P])
-        # a row's last step in one direction is its first in the other
-        dh_d.index_add_(0, first_rows(rows, B, batch_sizes, reverse=d == 0), dh_n[d].to(dtype))
-        parts = (dgates_d, dgates_d[:, : 3 * H].unflatten(1, (3, H)), da_o, f, dc_dm)
-        steps = list(zip(*(part.split(sizes) for part in parts), strict=True))
-        dh_steps = dh_d.split(sizes)
-        dc = dc_n[d]
+        dh_n_d, c0_d = dh_n[d].to(dtype), c0[d].to(dtype)
+        cells_steps = cells[:, d * H : (d + 1) * H].split(sizes)
+        dc = dc_n[d, :0]
         dc_of_gates = dc.unsqueeze(1)
-        order = _order(len(sizes), d)
-        for t, before in zip(reversed(order), (*reversed(order[:-1]), None), strict=False):
-            da, da_ifg, da_o, f, dc_dm = steps[t]
-            dh = dh_steps[t]
-            if len(dh) != len(dc):
-                dc = dc_n[d, : len(dh)]
-                dc_of_gates = dc.unsqueeze(1)
+        da = dc.new_empty(0, 4 * H)
+        for steps, rows in blocks if d else reversed(blocks):
+            columns = slice(d * 4 * H, (d + 1) * 4 * H)
+            i, f, g, o = gates[rows, columns].to(dtype).chunk(4, 1)
+            tanh_c = cells[rows, d * H : (d + 1) * H].tanh()
 
-            dm = dh if w_hr_d is None else torch.mm(dh, w_hr_d)
-            dc.addcmul_(dm, dc_dm)
-            da_ifg.mul_(dc_of_gates)
-            da_o.mul_(dm)
-            dc.mul_(f)
+            # all that does not depend on dh and dc, for all rows at once; the loop multiplies it in place
+            dgates_rows = torch.empty_like(gates[rows, columns], dtype=dtype) if narrow else dgates[rows, columns]
+            da_i, da_f, da_g, da_o = dgates_rows.chunk(4, 1)
+            _sigmoid_backward(g, i, grad_input=da_i)  # g i (1 - i)
+            torch.cat(_before(cells_steps, c0_d, sizes, steps, d), out=da_f)
+            _sigmoid_backward(da_f, f, grad_input=da_f)  # c_prev f (1 - f)
+            _tanh_backward(i, g, grad_input=da_g)  # i (1 - g^2)
+            _sigmoid_backward(tanh_c, o, grad_input=da_o)  # tanh_c o (1 - o)
+            dc_dm = _tanh_backward(o, tanh_c, grad_input=tanh_c)  # o (1 - tanh_c^2)
 
-            if before is not None:
-                dh = dh_steps[before]
-                if len(dh) != len(da):
-                    n = min(len(dh), len(da))
-                    dh, da = dh[:n], da[:n]
-                dh.addmm_(da, w_hh_d)
-        if w_hr is not None:
-            dh_rows[:, d * P : (d + 1) * P] = dh_d
-    return dgates.to(gates.dtype), dc_n.to(c0.dtype), dh_rows
+            dh_block = d_output[rows, d * P : (d + 1) * P].to(dtype, copy=True)
+            parts = (dgates_rows, dgates_rows[:, : 3 * H].unflatten(1, (3, H)), da_o, f, dc_dm, dh_block)
+            views = _views(parts, sizes[steps])
+            for k in _order(len(views), 1 - d):
+                da_next, (da, da_ifg, da_o, f, dc_dm, dh) = da, views[k]
+                n, known = len(dh), len(da_next)
+                if n == known:
+                    dh.addmm_(da_next, w_hh_d)
+                else:
+                    both = min(n, known)
+                    dh[:both].addmm_(da_next[:both], w_hh_d)
+                    dh[both:] += dh_n_d[both:n]  # their last step in this direction
+                    dc = dc_n[d, :n]
+                    dc_of_gates = dc.unsqueeze(1)
+
+                dm = dh if w_hr_d is None else torch.mm(dh, w_hr_d)
+                dc.addcmul_(dm, dc_dm)
+                da_ifg.mul_(dc_of_gates)
+                da_o.mul_(dm)
+                dc.mul_(f)
+            if narrow:
+                dgates[rows, columns] = dgates_rows
+            if w_hr is not None:
+                dh_rows[rows, d * P : (d + 1) * P] = dh_block
+    return dgates, dc_n.to(c0.dtype), dh_rows
 
 
 def lstm_differentiable(
@@ -294,6 +303,39 @@ def _sizes(rows: Tensor, B: int, batch_sizes: Tensor | None) -> list[int]:
     if batch_sizes is not None:
         return batch_sizes.tolist()
     return [B] * (len(rows) // B) if B else []
+
+
+def _blocks(sizes: list[int], row_bytes: int) -> list[tuple[slice, slice]]:
+    """Cut the steps into (steps, rows), sixteen blocks or fewer, that bound what is held beside the arguments at once.
+
+    What fits a cache is faster in larger blocks still, so where nothing is held (`row_bytes` is 0) there is only one.
+    """
+    most = max(_BLOCK_BYTES, sum(sizes) * row_bytes // 16)
+    blocks: list[tuple[slice, slice]] = []
+    first = start = rows = 0
+    for t, n in enumerate(sizes):
+        if rows and (rows + n) * row_bytes > most:
+            blocks.append((slice(first, t), slice(start, start + rows)))
+            first, start, rows = t, start + rows, 0
+        rows += n
+    return [*blocks, (slice(first, len(sizes)), slice(start, start + rows))] if rows else []
+
+
+def _views(parts: Sequence[Tensor], sizes: list[int]) -> list[tuple[Tensor, ...]]:
+    """Return for each step its rows of each of `parts`."""
+    return list(zip(*(part.split(sizes) for part in parts), strict=True))
+
+
+def _before(cells: Sequence[Tensor], c0: Tensor, sizes: list[int], steps: slice, d: int) -> list[Tensor]:
+    """Return, in pieces, the cell state with which each row of `steps` began, from those of all steps."""
+    pieces = []
+    for t in range(steps.start, steps.stop):
+        before, n = (t + 1 if d else t - 1), sizes[t]
+        known = cells[before][:n] if 0 <= before < len(cells) else c0[:0]
+        pieces.append(known)
+        if len(known) < n:
+            pieces.append(c0[len(known) : n])
+    return pieces
 
 
 def _order(T: int, d: int) -> range:
