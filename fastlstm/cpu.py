@@ -387,8 +387,9 @@ def _memory(N: int, I: int, H: int, dtype: torch.dtype) -> tuple[float, bool]:  
     """Return the most places that a chunk may have, and whether workspaces are kept for backward.
 
     The bound is stock's memory, whose graph costs 48H bytes a row in float32 and 24H in bfloat16. A workspace costs 24H
-    or 17H of them, and a chunk in backward `place_bytes`. The gradients of the weights are float32 until all chunks are
-    summed, which in bfloat16 leaves room for workspaces only where rows are many.
+    or 17H of them, and a chunk in backward `place_bytes`; these factors and the others were measured. The gradients of
+    the weights are float32 until all chunks are summed, which in bfloat16 leaves room for workspaces only where rows
+    are many.
     """
     if dtype == torch.float32:
         place_bytes, free, keep = 32 * max(I, H) + 48 * H, 24 * H * N, True

@@ -214,21 +214,19 @@ def _persistent_layout(
     if target.startswith("gfx"):  # W_hh in registers
         chunks = _chunks(H, 256 if itemsize == 2 else 128)
         return (chunks, 1, 1, 8 if itemsize == 2 else 4) if backward else (chunks, 1, 1, 4)
-    # dealt out over warps, a chunk costs forward nothing, and short ones cover little more than H; but wide and ragged
-    # tiles have no registers for more than one on its way
-    longest, ahead = (1024, 1) if wide and ragged else (256, 8)
-    if target in ("sm_90", "sm_100"):
-        # each chunk costs wgmma a fence: backward one is better, up to 1024, though it covers more than H
-        if backward and wide and ragged:
+    if backward and target in ("sm_90", "sm_100"):
+        # each chunk costs wgmma a fence: one is better, up to 1024, though it covers more than H
+        if wide and ragged:
             return _chunks(H, 512 if H > 768 else 1024), 1, 1, 8
-        if backward:
-            return _chunks(H, 1024, whole=True), 1, 1, 8
-        return _chunks(H, longest), 8, ahead, 8
+        return _chunks(H, 1024, whole=True), 1, 1, 8
     if backward:
         return _chunks(H, 128 if H <= 512 else 256), 1, 1, 8
-    if wide and H > 768:
+    if wide and H > 768 and target not in ("sm_90", "sm_100"):
         return _chunks(H, 128), 1, 2, 8
-    return _chunks(H, longest), 8, ahead, 8
+    if wide and ragged:  # no registers for more than one chunk on its way, nor in float32 for two of different lengths
+        return _chunks(H, 1024, whole=itemsize == 4 and H <= 512), 8, 1, 8
+    # dealt out over warps, a chunk costs nothing, and short ones cover little more than H
+    return _chunks(H, 256), 8, 8, 8
 
 
 def _chunks(H: int, longest: int, whole: bool = False) -> tuple[int, int]:

@@ -18,6 +18,8 @@ from fastlstm.weights import directions
 # torch._VF looks an op up on every call
 lstm_cell: Any = torch._VF.lstm_cell  # pyright: ignore[reportAttributeAccessIssue]
 _lstm: Any = torch._VF.lstm  # pyright: ignore[reportAttributeAccessIssue]
+# the backward passes of cuDNN and MIOpen have no derivative
+_ONCE = ("CudnnRnn", "MiopenRnn")
 
 
 def run(
@@ -55,10 +57,6 @@ def run(
 
         _differentiate_twice(node, (data, *weights, *states), again)
     return results
-
-
-# the backward passes of cuDNN and MIOpen have no derivative
-_ONCE = ("CudnnRnn", "MiopenRnn")
 
 
 def _differentiate_twice(
