@@ -10,15 +10,15 @@ makes that exact: it is 0 where a row lives and 1 where it is dead, and its weig
     dead   i = 0, f = 1, o = 0:  c_t = c_{t-1}, h_t = 0;   backward: da = 0, dc_{t-1} = dc_t
 
 A dead row so costs its share of a GEMM and nothing else, and c_n stands in the last c of its chunk. Cutting costs a
-call, in which oneDNN lays out the weights again; `_cut` weighs one against the other.
+call, in which oneDNN, in training, lays out the weights again; `_cut` weighs one against the other.
 
 Direction 1 takes each row from its own last step to its first. In that order too all rows begin together and end at
 their lengths, so the same cuts serve, filled from other rows of the data.
 
 A projection, which oneDNN has no kernel for either, leaves the recurrence: see `_project`.
 
-This is the wrong tool for dense input without projection (stock makes the very same call, once) and for float64 and
-float16, which oneDNN does not train.
+This is the wrong tool for dense input without projection (stock makes the very same call, once), for float64 and
+float16, which oneDNN does not train, and for training where MKL's product of a single step is as fast (`dispatch.py`).
 """
 
 from __future__ import annotations

@@ -16,7 +16,8 @@ falling length, so that the first `batch_sizes[t]` rows are active at step t and
 Direction 1 runs time backwards. Elementwise work and state are float32 for the 16-bit dtypes.
 
 This is also the fast route on a CPU where stock torch steps through Python-sized pieces of autograd graph (float64,
-float16, projection): one loop, no graph. It is the wrong tool for dense float32, which oneDNN runs faster.
+float16, projection, packed batches): one loop, no graph. It is the wrong tool for dense float32, which oneDNN runs
+faster.
 """
 
 from __future__ import annotations
