@@ -190,8 +190,9 @@ def _persistent(problem: Problem, device: Device, backward: bool, BLOCK_B: int, 
     if not groups or not largest or H > _LARGEST_STREAMING or (layers > 1 and largest < held):
         return None
     if largest < H:
-        # wide tiles leave no registers for the addresses of rows of gates that are not aligned
-        spills = (BLOCK_B > 16 and H * itemsize % 16) or (target, itemsize) == ("sm_120", 4)
+        # wide tiles, and TF32 on a small chip, leave no registers for the addresses of rows that are not aligned
+        ragged = H * itemsize % 16 > 0
+        spills = (ragged and (BLOCK_B > 16 or (itemsize == 4 and shared < 128))) or (target, itemsize) == ("sm_120", 4)
         if spills or (shared, itemsize, BLOCK_B) not in _STREAMING:
             return None
         BLOCK_K, KEPT, TAIL_K = _STREAMING[shared, itemsize, BLOCK_B][backward]
@@ -250,7 +251,7 @@ def every_plan(dtype: torch.dtype, target: str, tf32: bool = True) -> Iterator[t
     """Yield (H, backward, plan) for every plan that `candidates` can return for a dtype on a target, but for `groups`.
 
     H is the largest that the plan serves (for stepwise plans, which serve any, 4096); for persistent plans the largest
-    even and the largest odd one, whose rows of gates are not aligned.
+    of each alignment of its rows, on which the compiled code depends.
     """
     kind = "hip" if target.startswith("gfx") else "cuda"
     device = Device(kind, target, processors=1024)
@@ -260,8 +261,8 @@ def every_plan(dtype: torch.dtype, target: str, tf32: bool = True) -> Iterator[t
             for backward in (False, True):
                 problem = Problem(1, B, H, H, L=L, dtype=dtype, tf32=tf32)
                 for plan in candidates(problem, device, backward):
-                    odd = plan.kernel == "persistent" and H % 2 == 1
-                    found[replace(plan, groups=0), backward, odd] = H
+                    alignment = min(H & -H, 16 // dtype.itemsize) if plan.kernel == "persistent" else 0
+                    found[replace(plan, groups=0), backward, alignment] = H
     yield from ((H, backward, plan) for (plan, backward, _), H in found.items())
 
 
