@@ -60,6 +60,11 @@ def test_plans_enumerates_what_choose_returns(gpu):
         assert all(plan.kernel == "persistent" for _, plan in enumerated - chosen)
 
 
+def test_plans_enumerates_every_alignment_of_rows():
+    served = {min(H & -H, 8) for H, _, plan in every_plan(torch.float16, "sm_90") if plan.regime == "persistent"}
+    assert served == {1, 2, 4, 8}
+
+
 def columns(plan: Plan, H: int) -> int:
     """How many columns of W_hh the chunks of a plan cover."""
     kept = plan.KEPT * plan.BLOCK_K

@@ -66,6 +66,16 @@ def test_budgets_of_a_heavy_plan_elsewhere():
         check_budget(row)
 
 
+def test_budgets_of_variants_that_do_less():
+    """Less to do can take more registers: with two chunks this plan spilled where it saves and nothing is packed."""
+    plan = "forward_persistent.*tf32-H511-h16-b32"
+    command = ("-m", "fastlstm.kernels.targets", "--target=sm_90", "--dtype=float32", f"--filter={plan}", "--json")
+    rows = json.loads(run(*command))
+    assert len(rows) == 4
+    for row in rows:
+        check_budget(row)
+
+
 def check_budget(row: dict):
     """No spills, a program fits the processor, and 16 bit goes through the matrix unit."""
     name = f"{row['target']} {row['name']}"
