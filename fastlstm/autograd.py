@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import functional as F  # noqa: N812
 
-from fastlstm import autocast, checks, dispatch, reference
+from fastlstm import autocast, checks, dispatch, packing, reference
 from fastlstm.problem import Problem, device_of
 from fastlstm.weights import DirectionWeights, by_kind, by_layer, spread
 from fastlstm.weights import stack as stack_tensors
@@ -294,9 +294,10 @@ def lstm_gates(x: Tensor, h0: Tensor, output: Tensor, weights: Sequence[Tensor],
     D = len(h0)
     w_ih, bias, w_hh, _ = by_kind(spread(weights, D))
     gates, output = F.linear(_rows(x), w_ih, bias), _rows(output)
+    batch_sizes = packing.on_device(batch_sizes, x.device)
     most = max(1, _WIDE_ELEMENTS // w_hh.shape[1])  # rows at a time, since wide ones would take what was saved
     for d, (gates_d, output_d) in enumerate(zip(gates.chunk(D, 1), output.chunk(D, 1), strict=True)):
-        h_previous = reference.previous(output_d, h0[d], batch_sizes, reverse=d == 1)
+        h_previous = packing.previous(output_d, h0[d], batch_sizes, reverse=d == 1)
         for rows, h in zip(gates_d.split(most), h_previous.split(most), strict=True):
             if h.is_cuda:
                 sums = torch.mm(h, w_hh[d].t(), out_dtype=torch.float32)
@@ -334,6 +335,7 @@ def _gradients(
     dgates, dc0, dh = lstm_backward(
         d_output, *cotangents[1:], gates, cells, c0, w_hh, w_hr, batch_sizes, backend, above
     )
+    batch_sizes = packing.on_device(batch_sizes, x.device)
 
     dx = _times_weight(dgates.chunk(D, 1)[0] if stack else dgates, w_ih).view(shape) if needs_x else None
     dh0: list[Tensor] = []
@@ -344,11 +346,11 @@ def _gradients(
         input = output[:, (d - 1) * H : d * H] if stack and d else x
         dw_ih = dw_hh = db = dw_hr = None
         if needs_h0:
-            dh0.append(reference.first_rows(dgates_d, B, batch_sizes, reverse) @ w_hh[d])
+            dh0.append(packing.first_rows(dgates_d, B, batch_sizes, reverse) @ w_hh[d])
         if needs_w_ih:
             dw_ih = _sum_of_outer(dgates_d, input)
         if needs_w_hh:
-            dw_hh = _sum_of_outer(dgates_d, reference.previous(output_d, h0[d], batch_sizes, reverse))
+            dw_hh = _sum_of_outer(dgates_d, packing.previous(output_d, h0[d], batch_sizes, reverse))
         if needs_b_ih or needs_b_hh:
             db = dgates_d.sum(0)
         if needs_w_hr:
