@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import functional as F  # noqa: N812
 
-from fastlstm import autocast, checks, dispatch, reference
+from fastlstm import autocast, checks, dispatch, packing, reference
 from fastlstm.problem import Problem, device_of
 from fastlstm.weights import DirectionWeights, by_kind, by_layer, spread
 from fastlstm.weights import stack as stack_tensors
@@ -46,7 +46,10 @@ def lstm_layer(
         batch_sizes: [T] int64 on the CPU for packed rows, or None for dense ones.
         backend: "reference", "triton" (and, after a space, the name of a layout), or "auto" for the better of the two
             where and when the layer runs.
-        recompute: whether backward makes the activated gates again instead of finding them saved.
+        recompute: whether backward makes the activated gates again instead of finding them saved: by GEMMs over all
+            rows where those give them to within a unit in the last place (`_gemms_suffice`), or else, with the cells,
+            by this very pass, which costs about half of what the recurrences of a training step do, a GEMM next to
+            nothing.
         stack: whether D counts layers of one direction, each fed by the one before, which "triton" runs all at once;
             without projection and `recompute`.
 
@@ -62,6 +65,8 @@ def lstm_layer(
         # an exported program is for inference first: trained after all, backward makes again what was not saved
         save = torch.is_grad_enabled() and not torch.compiler.is_exporting()
         save = save and any(t.requires_grad for t in (x, h0, c0, *present))
+        if recompute and not _gemms_suffice(backend, x.device, x.dtype, flat[4] is not None):
+            save = False
         output, h_n, c_n, _, _ = lstm_forward(x, h0, c0, present, batch_sizes, save, recompute, backend, stack)
     return output[..., -h0.shape[2] :].contiguous() if stack else output, h_n, c_n
 
@@ -130,14 +135,32 @@ def _sum_of_outer(rows: Tensor, columns: Tensor) -> Tensor:
     return (columns.t() @ rows).t().contiguous()
 
 
+def _gemms_suffice(backend: str, device: torch.device, dtype: torch.dtype, projected: bool) -> bool:
+    """Whether `lstm_gates` makes the very gates of forward again, but for a unit in the last place.
+
+    It knows h as the 16-bit output, and so do the kernels; the reference goes on with it in float32. With a projection
+    they know no h, and float32 shows the order of a sum.
+    """
+    if projected or dtype not in (torch.float16, torch.bfloat16):
+        return False
+    return _resolve(backend, device, dtype).startswith("triton")
+
+
+# as `autocast._onednn_has`; it may ask the driver of a GPU
+_gemms_suffice._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
+
+
+def _resolve(backend: str, device: torch.device, dtype: torch.dtype, B: int = 1) -> str:
+    """Return who runs a layer of B rows, where "auto" may have been asked for."""
+    if backend != "auto":
+        return backend
+    # what is saved is the same whoever runs it, so forward and backward need not choose alike
+    return dispatch.decide_layer(Problem(1, B, 1, 1, dtype=dtype, training=True), device_of(device))
+
+
 def _recurrence(name: str, backend: str, c0: Tensor) -> Callable[..., Any]:
     """Return the function that runs a recurrence on c0 [D, B, H]: "lstm_forward", "stack_backward", ..."""
-    if backend == "auto":
-        D, B, H = c0.shape
-        # what is saved is the same whoever runs it, so forward and backward need not choose alike
-        problem = Problem(1, B, H, H, D=D, dtype=c0.dtype, training=True)
-        backend = dispatch.decide_layer(problem, device_of(c0.device))
-    backend, _, layout = backend.partition(" ")
+    backend, _, layout = _resolve(backend, c0.device, c0.dtype, c0.shape[1]).partition(" ")
     if backend != "triton":
         return getattr(reference, name)
     from fastlstm.kernels import launch, wavefront  # import triton, which a CPU-only install need not have
@@ -222,7 +245,7 @@ def _save_for_backward(ctx: Any, inputs: tuple, output: tuple) -> None:
 
     Beyond the inputs and the output that the caller holds anyway, a row and direction cost 4H activated gates in the
     input's dtype and H cells in float32: 20H bytes in float32, 12H in float16 and bfloat16 (40H in float64, whose
-    cells are float64). With `recompute` the gates are not kept: 4H bytes (8H in float64).
+    cells are float64). With `recompute` the gates are not kept: 4H bytes, or nothing where `save` is false.
     """
     x, h0, c0, weights, batch_sizes, save, recompute, backend, stack = inputs
     output_rows, _, _, gates, cells = output
@@ -246,12 +269,12 @@ def _backward(ctx: Any, *cotangents: Tensor | None) -> tuple:
     if torch.is_grad_enabled():
         gradients = differentiable_backward(*arguments, batch_sizes, ctx.stack)
     else:
-        if not ctx.save:
-            again = (batch_sizes, True, False, ctx.backend, ctx.stack)
-            output, _, _, gates, cells = lstm_forward(x, h0, c0, weights, *again)
-        elif ctx.recompute:
-            gates = lstm_gates(x, h0, output, weights, batch_sizes)
         with autocast.off(x.device):
+            if not ctx.save:
+                again = (batch_sizes, True, False, ctx.backend, ctx.stack)
+                gates, cells = lstm_forward(x, h0, c0, weights, *again)[3:]
+            elif ctx.recompute:
+                gates = lstm_gates(x, h0, output, weights, batch_sizes)
             gradients = _gradients(*arguments, (output, gates, cells), batch_sizes, ctx.backend, ctx.stack)
     dx, dh0, dc0, *dflat = gradients
     dweights = [gradient for gradient, weight in zip(dflat, flat, strict=True) if weight is not None]
@@ -265,21 +288,21 @@ lstm_forward.register_autograd(_backward, setup_context=_save_for_backward)
 def lstm_gates(x: Tensor, h0: Tensor, output: Tensor, weights: Sequence[Tensor], batch_sizes: Tensor | None) -> Tensor:
     """Return the activated gates [N, D*4H] of a layer that has run, from its output [N, D*P] or [T, B, D*P].
 
-    Every step's h_{t-1} is known, so there is no recurrence: two GEMMs over all rows. Sums are as wide as forward's,
-    so that in 16 bit no gate is more than a unit in the last place off.
+    The layer is one in 16 bit and without projection. Every step's h_{t-1} is known, so there is no recurrence: two
+    GEMMs over all rows. Sums are float32 as in the kernels, so that no gate is more than a unit in the last place off.
     """
     D = len(h0)
     w_ih, bias, w_hh, _ = by_kind(spread(weights, D))
     gates, output = F.linear(_rows(x), w_ih, bias), _rows(output)
+    batch_sizes = packing.on_device(batch_sizes, x.device)
     most = max(1, _WIDE_ELEMENTS // w_hh.shape[1])  # rows at a time, since wide ones would take what was saved
     for d, (gates_d, output_d) in enumerate(zip(gates.chunk(D, 1), output.chunk(D, 1), strict=True)):
-        h_previous = reference.previous(output_d, h0[d], batch_sizes, reverse=d == 1)
+        h_previous = packing.previous(output_d, h0[d], batch_sizes, reverse=d == 1)
         for rows, h in zip(gates_d.split(most), h_previous.split(most), strict=True):
-            wide = reference.accumulation_dtype(h.dtype)
-            if h.is_cuda and h.dtype != wide:
-                sums = torch.mm(h, w_hh[d].t(), out_dtype=wide)
+            if h.is_cuda:
+                sums = torch.mm(h, w_hh[d].t(), out_dtype=torch.float32)
             else:
-                sums = torch.mm(h.to(wide), w_hh[d].t().to(wide))
+                sums = torch.mm(h.float(), w_hh[d].t().float())
             i, f, g, o = sums.add_(rows).chunk(4, 1)
             for gate in (i, f, o):
                 gate.sigmoid_()
@@ -312,6 +335,7 @@ def _gradients(
     dgates, dc0, dh = lstm_backward(
         d_output, *cotangents[1:], gates, cells, c0, w_hh, w_hr, batch_sizes, backend, above
     )
+    batch_sizes = packing.on_device(batch_sizes, x.device)
 
     dh0: list[Tensor] = []
     dflat: list[Tensor | None] = []
@@ -321,11 +345,11 @@ def _gradients(
         input = output[:, (d - 1) * H : d * H] if stack and d else x
         dw_ih = dw_hh = db = dw_hr = None
         if needs_h0:
-            dh0.append(reference.first_rows(dgates_d, B, batch_sizes, reverse) @ w_hh[d])
+            dh0.append(packing.first_rows(dgates_d, B, batch_sizes, reverse) @ w_hh[d])
         if needs_w_ih:
             dw_ih = _sum_of_outer(dgates_d, input)
         if needs_w_hh:
-            dw_hh = _sum_of_outer(dgates_d, reference.previous(output_d, h0[d], batch_sizes, reverse))
+            dw_hh = _sum_of_outer(dgates_d, packing.previous(output_d, h0[d], batch_sizes, reverse))
         if needs_b_ih or needs_b_hh:
             db = dgates_d.sum(0)
         if needs_w_hr:

@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastlstm import autocast, autograd, reference
+from fastlstm import autocast, autograd, packing
 from fastlstm.weights import DirectionWeights
 
 _LSTM = 2  # the cell's number in aten.mkldnn_rnn_layer
@@ -121,7 +121,7 @@ def _project(
     if h0.requires_grad or h0.any():
         rows = torch.arange(len(x), device="cpu")
         for d, state in enumerate(h0):
-            first_rows = reference.first_rows(rows, B, batch_sizes, reverse=d == 1)
+            first_rows = packing.first_rows(rows, B, batch_sizes, reverse=d == 1)
             x = torch.cat((x, x.new_zeros(len(x), P).index_add(0, first_rows, state)), 1)
 
     plain: list[DirectionWeights] = []

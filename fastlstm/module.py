@@ -40,9 +40,11 @@ class LSTM(nn.RNNBase):
         backend: "auto" chooses what is best for each call (`explain` tells what, the environment variable
             FASTLSTM_BACKEND overrules it); "reference" is plain torch; "triton" the fused kernels; "torch" the op
             that `torch.nn.LSTM` calls.
-        recompute: whether backward makes the activated gates again, by one GEMM over all steps, instead of finding
-            them saved. A layer in training then keeps 4 bytes a row and hidden unit beside its output, instead of
-            12 in 16 bit and 20 in float32. "auto" takes a backend that can: the kernels, or plain torch.
+        recompute: whether backward makes the activated gates again instead of finding them saved. With the kernels
+            in 16 bit and no projection it takes one GEMM over all steps, and a layer in training keeps 4 bytes a row
+            and hidden unit beside its output instead of 12. Otherwise backward runs forward once more, to the same
+            bits, and the layer keeps nothing instead of 20 bytes in float32. "auto" takes a backend that can: the
+            kernels, or plain torch.
 
     Inputs and outputs:
         `lstm(input, hx=None) -> (output, (h_n, c_n))`. input is [T, B, I], [T, I] or a PackedSequence of either

@@ -90,6 +90,11 @@ def device_of(device: torch.device) -> Device:
     return _gpus[index]
 
 
+def capturing(device: torch.device) -> bool:
+    """Whether what runs now on a device is being captured in a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 def limit_processors(device: torch.device, most: int) -> None:
     """Have `device_of` tell of so many processors at most from now on, since the driver refused a grid of more.
 

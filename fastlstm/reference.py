@@ -242,63 +242,6 @@ def lstm_differentiable(
     return output, torch.stack(h_n).to(h0.dtype), torch.stack(c_n).to(h0.dtype)
 
 
-def previous(
-    values: Tensor, initial: Tensor, batch_sizes: Tensor | None, reverse: bool, out: Tensor | None = None
-) -> Tensor:
-    """Return, for each row, the row of `values` at the step before it in a direction, `initial` at its first step.
-
-    Args:
-        values: [N, K] rows of all steps.
-        initial: [B, K].
-        batch_sizes: [T] for packed rows, None for dense ones.
-        reverse: whether the direction runs time backwards, so that the step before t is t + 1.
-        out: [N, K], where to write.
-
-    Returns:
-        [N, K].
-    """
-    B = initial.shape[0]
-    if batch_sizes is None:
-        return torch.cat((values[B:], initial) if reverse else (initial, values[: values.shape[0] - B]), out=out)
-    ends = batch_sizes.cumsum(0)
-    # a tracer cannot know the sum of batch_sizes
-    t = torch.arange(batch_sizes.shape[0]).repeat_interleave(batch_sizes, output_size=values.shape[0])
-    b = torch.arange(values.shape[0]) - (ends - batch_sizes)[t]
-    # a row's first step has none: any row will do until `initial` takes its place
-    if reverse:
-        active_next = torch.cat((batch_sizes[1:], batch_sizes.new_zeros(1)))
-        index = torch.where(b < active_next[t], ends[t] + b, b)
-        first = _last_rows(B, batch_sizes)
-    else:
-        starts_previous = torch.cat((batch_sizes.new_zeros(1), ends[:-1] - batch_sizes[:-1]))
-        index = starts_previous[t] + b
-        first = torch.arange(B)
-    rows = torch.index_select(values, 0, index.to(values.device), out=out)
-    return rows.index_copy_(0, first.to(values.device), initial)
-
-
-def first_rows(values: Tensor, B: int, batch_sizes: Tensor | None, reverse: bool) -> Tensor:
-    """Return the row of each batch entry at its first step in a direction: [B, K] from `values` [N, K]."""
-    if not reverse:
-        return values[:B]
-    if batch_sizes is None:
-        return values[values.shape[0] - B :]
-    return values.index_select(0, _last_rows(B, batch_sizes).to(values.device))
-
-
-def _last_rows(B: int, batch_sizes: Tensor) -> Tensor:
-    """Return the data row of each batch entry's last step [B]; unlike `spans`, in sizes that a tracer knows."""
-    b = torch.arange(B, device="cpu")
-    lengths = batch_sizes.shape[0] - torch.searchsorted(batch_sizes.flip(0), b, right=True)
-    return (batch_sizes.cumsum(0) - batch_sizes)[lengths - 1] + b
-
-
-def spans(batch_sizes: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the length of each row [B] of a packed batch, and the first data row of each step [T]."""
-    lengths = batch_sizes.bincount().flip(0).cumsum(0).flip(0)[1:]
-    return lengths, batch_sizes.cumsum(0) - batch_sizes
-
-
 def _sizes(rows: Tensor, B: int, batch_sizes: Tensor | None) -> list[int]:
     """Return the number of active rows at each step."""
     if batch_sizes is not None:

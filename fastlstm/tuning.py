@@ -41,7 +41,7 @@ import torch
 from torch import Tensor
 
 from fastlstm.dispatch import Times, candidates, has_choice, interpreting
-from fastlstm.problem import Device, Problem, device_of
+from fastlstm.problem import Device, Problem, capturing, device_of
 from fastlstm.timings import timings
 
 Run = Callable[[], list[Tensor]]
@@ -74,7 +74,7 @@ def times(problem: Problem, device: Device, on: torch.device, trial: Trial, aske
     global _spent
     if found := known(problem, device):
         return found
-    if not has_choice(problem, device) or reproducible() or (not asked and obstacle()) or _capturing(on):
+    if not has_choice(problem, device) or reproducible() or (not asked and obstacle()) or capturing(on):
         return ()
     if not _timing.acquire(blocking=False):
         return ()
@@ -198,10 +198,6 @@ def obstacle() -> str:
     if 1000 * _spent >= budget:
         return f"this process has spent its {budget:g} ms (FASTLSTM_AUTOTUNE_MS)"
     return "" if torch.backends.cudnn.enabled else "cuDNN is turned off"
-
-
-def _capturing(on: torch.device) -> bool:
-    return on.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 @functools.lru_cache(maxsize=4096)

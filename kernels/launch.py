@@ -17,9 +17,9 @@ import triton
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ..packing import first_rows, on_device, previous, spans
 from ..plans import PERSISTENT_REGISTERS, Plan, choose
 from ..problem import Device, Problem, allows_tf32, device_of, limit_processors
-from ..reference import first_rows, previous, spans
 from .backward_persistent import backward_persistent
 from .backward_resident import backward_resident
 from .backward_stepwise import backward_stepwise
@@ -46,6 +46,7 @@ def lstm_forward(
     Raises:
         RuntimeError: gates_x or w_hh do not have the sizes that c0 tells; the kernels would read past their end.
     """
+    batch_sizes = on_device(batch_sizes, gates_x.device)
     if w_hr is None:
         return _forward(gates_x, h0, c0, w_hh, batch_sizes, save, plan=plan)
     # h = m W_hr^T, so the recurrence runs on m with W_eff = W_hh W_hr; h0 has no m and enters step 0's gates
@@ -71,6 +72,7 @@ def lstm_backward(
     plan: Plan | str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run one layer's recurrence back: `reference.lstm_backward` says what it takes and returns, `plan` is as above."""
+    batch_sizes = on_device(batch_sizes, gates.device)
     if w_hr is None:
         dgates, dc0 = _backward(d_output, dh_n, dc_n, gates, cells, c0, w_hh, batch_sizes, plan=plan)
         return dgates, dc0, d_output.new_empty(0)
@@ -236,7 +238,10 @@ def prepare(
         layers, directions = (D, 1) if stack else (1, D)
         problem = Problem(T, B, H, H, L=layers, D=directions, dtype=dtype, tf32=PRECISION == "tf32")
         plan = choose(problem, device, backward, plan or "")
-    lengths, offsets = _rows_of(batch_sizes, c0.device)
+    lengths = offsets = None
+    if batch_sizes is not None:
+        lengths, offsets = spans(batch_sizes, B)
+        lengths = lengths.to(torch.int32)
     return plan, {
         "lengths_ptr": lengths,
         "offsets_ptr": offsets,
@@ -309,14 +314,6 @@ def steps(N: int, B: int, batch_sizes: Tensor | None) -> int:
     if batch_sizes is not None:
         return batch_sizes.numel()
     return N // B if B else 0
-
-
-def _rows_of(batch_sizes: Tensor | None, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
-    """Return where a packed batch keeps its rows: lengths [B] int32 and offsets [T] int64, on `device`."""
-    if batch_sizes is None:
-        return None, None
-    lengths, offsets = spans(batch_sizes)
-    return lengths.to(device, torch.int32, non_blocking=True), offsets.to(device, non_blocking=True)
 
 
 def device_guard(device: torch.device) -> AbstractContextManager:

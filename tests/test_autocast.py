@@ -97,11 +97,13 @@ def test_a_weight_changed_between_regions_is_cast_anew(backend):
     assert not torch.equal(output(), before)
 
 
+@pytest.mark.parametrize("recompute", [False, True], ids=["saved", "recompute"])
 @pytest.mark.parametrize("backend", BACKENDS[1:])
 @pytest.mark.parametrize("form", ["dense", "unsorted"])
-def test_backward_inside_a_region(form, backend):
+def test_backward_inside_a_region(form, backend, recompute):
     """Backward computes in the precision of forward, whatever the region it is called in."""
     _, ours = make_pair(backend, bidirectional=True)
+    ours.recompute = recompute
     # enough steps for "auto" not to leave a packed batch to stock, whose backward heeds the region
     packed = pack_sequence([torch.randn(n, I) for n in (9, 20)], enforce_sorted=False)
     x = make_input(form) if form == "dense" else packed

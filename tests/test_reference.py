@@ -145,23 +145,6 @@ def test_saturated_gates_are_finite(magnitude):
     assert gates[0].tolist() == pytest.approx([1, 0, 1, 1], abs=1e-30)
 
 
-@pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("batch_sizes", [None, [4, 4, 2, 1, 1], [1], [3, 3], [2, 1]])
-def test_previous_and_first_rows(batch_sizes, reverse):
-    sizes = batch_sizes or [3, 3, 3, 3]
-    B = sizes[0]
-    rows = {(t, b): row for row, (t, b) in enumerate((t, b) for t, n in enumerate(sizes) for b in range(n))}
-    values = torch.arange(len(rows)).unsqueeze(1) * 1.0
-    initial = -1.0 - torch.arange(B).unsqueeze(1)
-    packed = None if batch_sizes is None else torch.tensor(batch_sizes)
-    step = 1 if reverse else -1
-    expected = [rows.get((t + step, b), -1 - b) for t, b in rows]
-    assert reference.previous(values, initial, packed, reverse).squeeze(1).tolist() == expected
-    lengths = [sum(n > b for n in sizes) for b in range(B)]
-    first = [rows[lengths[b] - 1 if reverse else 0, b] for b in range(B)]
-    assert reference.first_rows(values, B, packed, reverse).squeeze(1).tolist() == first
-
-
 def test_uninitialised_memory_is_nan():
     assert torch.empty(3).isnan().all()
     assert torch.ones(3).new_empty(3).isnan().all()

@@ -304,7 +304,7 @@ def test_tune_ahead(trials, monkeypatch, capsys):
     monkeypatch.setattr(command, "device_of", lambda on: H100)
     monkeypatch.setattr(functional, "trial", trials)
     monkeypatch.setattr(tuning, "_aside", lambda on, work: work())
-    monkeypatch.setattr(tuning, "_capturing", lambda on: False)
+    monkeypatch.setattr(tuning, "capturing", lambda on: False)
     monkeypatch.setenv("FASTLSTM_AUTOTUNE", "0")
     arguments = ["tune", "--shapes", "100,16,64,512", "4,8,32,32,2,2", "--dtype", "bfloat16", "float16"]
     assert command.main(arguments) is None
