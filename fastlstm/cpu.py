@@ -23,6 +23,7 @@ float16, which oneDNN does not train, and for training where MKL's product of a 
 
 from __future__ import annotations
 
+import bisect
 import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -36,10 +37,11 @@ from fastlstm.weights import DirectionWeights
 _LSTM = 2  # the cell's number in aten.mkldnn_rnn_layer
 _SATURATED = (-1e30, 1e30, 0.0, -1e30)
 
-# what cutting costs in training, as rows that could be computed meanwhile: the weights' new layout and a fixed time,
-# both measured
+# what cutting costs in training, as rows that could be computed meanwhile: the weights' new layout and a fixed time;
+# and without a backward pass, where there is only the latter; measured
 _ROWS_PER_CUT = 32
 _FLOPS_PER_CUT = 5e6
+_FLOPS_PER_CUT_FORWARD = 1.5e7
 # a chunk's working memory stays below this, or below what is left free of the size of stock's graph (`_memory`)
 _CHUNK_BYTES = 1 << 20
 
@@ -96,12 +98,10 @@ def lstm_layer(
         output, h_n, c_n = lstm_layer(x.flatten(0, 1), h0, c0, weights, batch_sizes)
         return output.view(*x.shape[:2], -1), h_n, c_n
     flat = [weight for direction in weights for weight in direction]
-    training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, h0, c0, *flat))
-    chunks = _chunks(batch_sizes, x.shape[1], h0.shape[2], len(weights), x.dtype, training)
-    if training:
-        output, h_n, c_n, *_ = _PackedLayer.apply(x, h0, c0, batch_sizes, chunks, *flat)  # pyright: ignore
-        return output, h_n, c_n
-    output, h_n, c_n, *_ = _forward(x, h0, c0, flat, chunks, save=False)
+    if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in (x, h0, c0, *flat)):
+        return _infer(x, h0, c0, flat, batch_sizes)
+    chunks = _chunks(batch_sizes, x.shape[1], h0.shape[2], len(weights), x.dtype)
+    output, h_n, c_n, *_ = _PackedLayer.apply(x, h0, c0, batch_sizes, chunks, *flat)  # pyright: ignore
     return output, h_n, c_n
 
 
@@ -150,7 +150,7 @@ class _PackedLayer(torch.autograd.Function):
         *flat: Tensor | None,
     ) -> tuple[Tensor, ...]:
         """Return what `lstm_layer` does, and for each chunk the states around it and oneDNN's workspace."""
-        return _forward(x, h0, c0, flat, chunks, save=True)
+        return _forward(x, h0, c0, flat, chunks)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -190,15 +190,54 @@ class _PackedLayer(torch.autograd.Function):
         return *gradients[:3], None, None, *gradients[3:]
 
 
-def _forward(
+def _infer(
     x: Tensor,
     h0: Tensor,
     c0: Tensor,
     flat: Sequence[Tensor | None],
-    chunks: list[list[_Chunk]],
-    save: bool,
+    batch_sizes: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run a layer for no backward pass: what is copied is copied for many chunks at once, for here it weighs more."""
+    N, I = x.shape  # noqa: E741
+    D, B, H = h0.shape
+    sizes = batch_sizes.tolist()
+    cuts = _cut(sizes, _memory(N, I, H, x.dtype)[0], _FLOPS_PER_CUT_FORWARD / (8 * H * (I + H)))
+    first, by_direction = _places(sizes, batch_sizes, cuts, D)
+    edges = [*(first[start] for start, _ in cuts[:-1]), first[-1] + cuts[-2][1]]
+    dead = [
+        begin + k for begin, cut, after in zip(edges, cuts, cuts[1:], strict=False) for k in _dead(sizes, cut, after)
+    ]
+    most = H * N // (I + 1)  # places gathered at once: a quarter of what stock's gates take
+
+    output = x.new_empty(N, D * H)
+    h_n = torch.empty_like(h0, memory_format=torch.contiguous_format)
+    c_n = torch.empty_like(h_n)
+    for d, place in enumerate(by_direction):
+        source = _sources(place, edges[-1])
+        weights, has_biases = _direction(flat, d)
+        weights[:2] = _laid_out(weights[0], weights[1], H, has_biases)
+        h, c = h0[d].contiguous(), c0[d].float().contiguous()
+        outputs, last_cells, gathered = [], [], x
+        origin = until = 0
+        for k, ((start, rows), (end, after)) in enumerate(itertools.pairwise(cuts)):
+            if edges[k] == until:
+                origin, until = until, edges[max(k + 1, bisect.bisect_right(edges, until + most) - 1)]
+                among = [place - origin for place in dead if origin <= place < until]
+                gathered = _gather_input(x, source[origin:until], torch.tensor(among, dtype=torch.int64, device="cpu"))
+            x_chunk = gathered[edges[k] - origin : edges[k + 1] - origin].view(end - start, rows, I + 1)
+            y, h, c, _ = _run(x_chunk, weights, h[:rows], c[:rows], has_biases, False)
+            outputs.append(y.view(-1, H))
+            last_cells.append(c[after:])
+        torch.index_select(torch.cat(outputs), 0, place, out=output[:, d * H : (d + 1) * H])
+        torch.cat(last_cells[::-1], out=c_n[d])
+        h_n[d] = packing.first_rows(output[:, d * H : (d + 1) * H], B, batch_sizes, reverse=d == 0)
+    return output, h_n, c_n
+
+
+def _forward(
+    x: Tensor, h0: Tensor, c0: Tensor, flat: Sequence[Tensor | None], chunks: list[list[_Chunk]]
 ) -> tuple[Any, ...]:
-    """Run every chunk of every direction; with `save`, return five more tensors a chunk for `_backward`."""
+    """Run every chunk of every direction; return five more tensors a chunk for `_backward`."""
     H = h0.shape[2]
     output = x.new_empty(len(x), len(h0) * H)
     h_n = torch.empty_like(h0, memory_format=torch.contiguous_format)
@@ -206,21 +245,18 @@ def _forward(
     states: list[Tensor | None] = []
     for d, chunks_d in enumerate(chunks):
         weights, has_biases = _direction(flat, d)
-        if not save:
-            weights[:2] = _laid_out(weights[0], weights[1], H, has_biases)
         output_d = output[:, d * H : (d + 1) * H]
         # c stays in float32 from chunk to chunk; oneDNN asks for contiguous states but does not check
         h, c = h0[d].contiguous(), c0[d].float().contiguous()
         for chunk in chunks_d:
             before = h, c = h[: chunk.rows], c[: chunk.rows]
-            y, h, c, workspace = _run(_gather_input(x, chunk), weights, *before, has_biases, save and chunk.keep)
+            y, h, c, workspace = _run(_input(x, chunk), weights, *before, has_biases, chunk.keep)
             y = y.view(-1, H)
             _scatter(y, chunk, output_d)
             ended = slice(chunk.rows - len(chunk.ends), chunk.rows)
             h_n[d, ended] = y.index_select(0, chunk.ends)
             c_n[d, ended] = c[ended]
-            if save:
-                states += (*before, h, c, workspace if chunk.keep else None)
+            states += (*before, h, c, workspace if chunk.keep else None)
     return output, h_n, c_n, *states
 
 
@@ -249,7 +285,7 @@ def _backward(
             chunk = chunks_d[k]
             at = d * len(chunks_d) + k
             h_before, c_before, h_after, c_after = states[4 * at : 4 * at + 4]
-            x_chunk = _gather_input(x, chunk)
+            x_chunk = _input(x, chunk)
             workspace, workspaces[at] = workspaces[at], None
             if workspace is None:
                 workspace = _run(x_chunk, weights, h_before, c_before, has_biases, True)[3]
@@ -313,16 +349,21 @@ def _gather(rows: Tensor, chunk: _Chunk) -> Tensor:
     return rows.index_select(0, chunk.source).index_fill_(0, chunk.dead, 0)
 
 
-def _gather_input(x: Tensor, chunk: _Chunk) -> Tensor:
-    """Return the chunk's input [steps, rows, I + 1], the column that tells dead places last."""
+def _input(x: Tensor, chunk: _Chunk) -> Tensor:
+    """Return a chunk's input [steps, rows, I + 1]."""
+    return _gather_input(x, chunk.source, chunk.dead).view(chunk.steps, chunk.rows, -1)
+
+
+def _gather_input(x: Tensor, source: Tensor, dead: Tensor) -> Tensor:
+    """Return the rows `source` of x [N, I] as input [places, I + 1], the column that tells dead places last."""
     I = x.shape[1]  # noqa: E741
-    gathered = x.new_empty(len(chunk.source), I + 1)
-    torch.index_select(x.detach(), 0, chunk.source, out=gathered[:, :I])
+    gathered = x.new_empty(len(source), I + 1)
+    torch.index_select(x.detach(), 0, source, out=gathered[:, :I])
     gathered[:, I] = 0
-    if len(chunk.dead):
-        gathered.index_fill_(0, chunk.dead, 0)
-        gathered[:, I].index_fill_(0, chunk.dead, 1)
-    return gathered.view(chunk.steps, chunk.rows, I + 1)
+    if len(dead):
+        gathered.index_fill_(0, dead, 0)
+        gathered[:, I].index_fill_(0, dead, 1)
+    return gathered
 
 
 def _scatter(places: Tensor, chunk: _Chunk, rows: Tensor, add: bool = False) -> None:
@@ -341,46 +382,72 @@ def _chunks(
     H: int,
     D: int,
     dtype: torch.dtype,
-    training: bool,
 ) -> list[list[_Chunk]]:
-    """Cut a packed layer into chunks, the same cuts for each of the D directions."""
-    # what has a number for each step or batch row is made in Python, what has one for each row of the data in torch
+    """Cut a packed layer that is to be trained into chunks, the same cuts for each of the D directions."""
     sizes = batch_sizes.tolist()
     most, keep = _memory(sum(sizes), I, H, dtype)
-    cuts = _cut(sizes, I, H, most, training)
-    offsets = [0, *itertools.accumulate(sizes)]
-    lengths = [0] * sizes[0]
-    for t, (n, after) in enumerate(itertools.pairwise([*sizes, 0]), 1):
-        lengths[after:n] = [t] * (n - after)
-    first: list[int] = []  # place of each step's first row, where all chunks lie one after the other
+    cuts = _cut(sizes, most, _ROWS_PER_CUT + _FLOPS_PER_CUT / (8 * H * (I + H)))
+    offsets, lengths = [0, *itertools.accumulate(sizes)], _lengths(sizes)
+    first, by_direction = _places(sizes, batch_sizes, cuts, D)
+    chunks: list[list[_Chunk]] = []
+    for d, place in enumerate(by_direction):
+        source_d = _sources(place, first[-1] + cuts[-2][1])
+        chunks.append([])
+        for cut, after in itertools.pairwise(cuts):
+            (start, rows), (end, going_on) = cut, after
+            begin, data = first[start], slice(offsets[start], offsets[end])
+            source, alive = source_d[begin : begin + (end - start) * rows], by_direction[0][data] - begin
+            ends = [first[n - 1] - begin + b for b, n in enumerate(lengths[going_on:rows], going_on)]
+            dead, ends = (torch.tensor(k, dtype=torch.int64, device="cpu") for k in (_dead(sizes, cut, after), ends))
+            chunks[d].append(_Chunk(end - start, rows, source, alive, dead, source[alive] if d else data, ends, keep))
+    return chunks
+
+
+def _places(
+    sizes: list[int], batch_sizes: Tensor, cuts: list[tuple[int, int]], D: int
+) -> tuple[list[int], list[Tensor]]:
+    """Lay all chunks one after the other: return the place of each step's first row, and of each row of the data [N].
+
+    The latter for each of D directions. What has a number for each step or batch row is made in Python, which is
+    sooner done, what has one for each row of the data in torch.
+    """
+    first: list[int] = []
     places = 0
     for (start, rows), (end, _) in itertools.pairwise(cuts):
         first += range(places, places + (end - start) * rows, rows)
         places += (end - start) * rows
+    offsets = [0, *itertools.accumulate(sizes)]
 
     def of_rows(values: Sequence[int]) -> Tensor:
         return torch.tensor(values, device="cpu").repeat_interleave(batch_sizes)
 
     row = torch.arange(offsets[-1], device="cpu")
-    place = row + of_rows([a - b for a, b in zip(first, offsets, strict=False)])
-    by_direction = [place]  # where each row of the data stands
+    by_direction = [row + of_rows([place - offset for place, offset in zip(first, offsets, strict=False)])]
     if D == 2:
         b = row - of_rows(offsets[:-1])
-        step = torch.tensor(lengths, device="cpu")[b] - 1 - of_rows(range(len(sizes)))
+        step = torch.tensor(_lengths(sizes), device="cpu")[b] - 1 - of_rows(range(len(sizes)))
         by_direction.append(torch.tensor(first, device="cpu")[step] + b)
+    return first, by_direction
 
-    chunks: list[list[_Chunk]] = []
-    for d, place_d in enumerate(by_direction):
-        source_d = torch.zeros(places, dtype=torch.int64, device="cpu").index_copy_(0, place_d, row)
-        chunks.append([])
-        for (start, rows), (end, after) in itertools.pairwise(cuts):
-            begin, data = first[start], slice(offsets[start], offsets[end])
-            source, alive = source_d[begin : begin + (end - start) * rows], place[data] - begin
-            dead = [k * rows + b for k, n in enumerate(sizes[start:end]) for b in range(n, rows)]
-            ends = [first[n - 1] - begin + b for b, n in enumerate(lengths[after:rows], after)]
-            dead, ends = (torch.tensor(found, dtype=torch.int64, device="cpu") for found in (dead, ends))
-            chunks[d].append(_Chunk(end - start, rows, source, alive, dead, source[alive] if d else data, ends, keep))
-    return chunks
+
+def _sources(place: Tensor, places: int) -> Tensor:
+    """Return the row of the data at each place, any where it is dead."""
+    rows = torch.arange(len(place), device="cpu")
+    return torch.zeros(places, dtype=torch.int64, device="cpu").index_copy_(0, place, rows)
+
+
+def _dead(sizes: list[int], cut: tuple[int, int], after: tuple[int, int]) -> list[int]:
+    """Return the dead places of the chunk between two cuts, counted from its first."""
+    (start, rows), (end, _) = cut, after
+    return [k * rows + b for k, n in enumerate(sizes[start:end]) for b in range(n, rows)]
+
+
+def _lengths(sizes: list[int]) -> list[int]:
+    """Return the length of each row of the batch."""
+    lengths = [0] * sizes[0]
+    for t, (n, after) in enumerate(itertools.pairwise([*sizes, 0]), 1):
+        lengths[after:n] = [t] * (n - after)
+    return lengths
 
 
 def _memory(N: int, I: int, H: int, dtype: torch.dtype) -> tuple[float, bool]:  # noqa: E741
@@ -399,14 +466,11 @@ def _memory(N: int, I: int, H: int, dtype: torch.dtype) -> tuple[float, bool]:  
     return max(_CHUNK_BYTES, free) / place_bytes, keep
 
 
-def _cut(sizes: list[int], I: int, H: int, most: float, training: bool) -> list[tuple[int, int]]:  # noqa: E741
+def _cut(sizes: list[int], most: float, rows_per_cut: float) -> list[tuple[int, int]]:
     """Return (first step, rows active there) of each chunk of at most `most` places, and (T, 0) as the last item.
 
-    A chunk ends where its dead places would come to cost more than another call.
+    A chunk ends where its dead places would come to be more than `rows_per_cut`, which another call costs.
     """
-    rows_per_cut = _ROWS_PER_CUT + _FLOPS_PER_CUT / (8 * H * (I + H))
-    if not training:
-        rows_per_cut *= 2  # a place costs a third of what it does with a backward pass, a call half
     cuts: list[tuple[int, int]] = []
     start = dead = cut_at = 0
     for rows, run in itertools.groupby(sizes):

@@ -48,6 +48,7 @@ def cut(monkeypatch):
         rows, size = CUTS[name]
         monkeypatch.setattr(cpu, "_ROWS_PER_CUT", rows)
         monkeypatch.setattr(cpu, "_FLOPS_PER_CUT", 0)
+        monkeypatch.setattr(cpu, "_FLOPS_PER_CUT_FORWARD", rows * 1e4)
         monkeypatch.setattr(cpu, "_CHUNK_BYTES", size)
 
     return set_cuts
@@ -101,8 +102,8 @@ def test_projection_from_zero_states_has_no_columns_for_them(monkeypatch):
     stock, x, hx = make_packed(I=5, H=12, P=5, D=2)
     zeros = torch.zeros_like(hx[0]), torch.zeros_like(hx[1])
     widths = []
-    chunks = cpu._chunks
-    monkeypatch.setattr(cpu, "_chunks", lambda *given: (widths.append(given[1]), chunks(*given))[1])
+    infer = cpu._infer
+    monkeypatch.setattr(cpu, "_infer", lambda x, *given: (widths.append(x.shape[1]), infer(x, *given))[1])
     with torch.no_grad():
         for states in (zeros, hx):
             (got, got_states), (expected, expected_states) = Chunked(stock)(x, states), stock(x, states)
@@ -215,6 +216,22 @@ def test_the_graph_can_be_walked_twice_and_differentiated():
     torch.testing.assert_close(seconds[1], seconds[0], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("D", [1, 2])
+@pytest.mark.parametrize("name", CUTS)
+def test_without_a_backward_pass(name, D, dtype, cut):
+    """However the input is gathered: here all at once, or, as it is wide, a few chunks at a time."""
+    cut(name)
+    for I, bias in ((5, True), (90, False)):  # noqa: E741
+        stock, x, hx = make_layer_inputs(I=I, H=6, D=D, bias=bias, lengths=LENGTHS, packed=True, dtype=dtype)
+        truth = run_lstm(copy.deepcopy(stock).double(), *in_float64(x, hx))
+        with torch.no_grad():
+            (output, (h_n, c_n)), (expected, states) = Chunked(stock)(x, hx), stock(x, hx)
+        results = {"output": output.data, "h_n": h_n, "c_n": c_n}
+        stocks = dict(zip(results, (expected.data, *states), strict=True))
+        assert_close(results, {part: truth[part] for part in results}, stocks, dtype=dtype)
+
+
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_inference_equals_training_and_has_no_graph(mode):
     stock, x, hx = make_packed(I=3, H=4, D=2)
@@ -236,21 +253,20 @@ def test_any_stride():
 
 
 @pytest.mark.parametrize("lengths", [LENGTHS, (5,), (64, 1), tuple(range(200, 0, -1))], ids=len)
-@pytest.mark.parametrize("training", [True, False])
-def test_cuts_cover_all_steps_and_bound_waste_and_size(lengths, training, monkeypatch):
+@pytest.mark.parametrize("rows_per_cut", [0, 5, 64])
+def test_cuts_cover_all_steps_and_bound_waste_and_size(lengths, rows_per_cut, monkeypatch):
     batch_sizes = pack_sequence([torch.zeros(n, 1) for n in lengths]).batch_sizes
     T, I, H = len(batch_sizes), 64, 64  # noqa: E741
     monkeypatch.setattr(cpu, "_CHUNK_BYTES", 0)
-    monkeypatch.setattr(cpu, "_FLOPS_PER_CUT", 0)
     most, _ = cpu._memory(sum(lengths), I, H, torch.float32)
-    cuts = cpu._cut(batch_sizes.tolist(), I, H, most, training)
+    cuts = cpu._cut(batch_sizes.tolist(), most, rows_per_cut)
     assert cuts[0] == (0, len(lengths))
     assert cuts[-1] == (T, 0)
     for (start, rows), (end, _) in pairwise(cuts):
         assert start < end
         assert rows == batch_sizes[start]
         places, alive = rows * (end - start), int(batch_sizes[start:end].sum())
-        assert places - alive <= cpu._ROWS_PER_CUT * (1 if training else 2)
+        assert places - alive <= rows_per_cut
         assert end - start == 1 or places <= sum(lengths) * 6 / 20
 
 
@@ -347,7 +363,7 @@ def test_auto_without_onednn(training, runs, backend, monkeypatch):
 @pytest.mark.skipif(way(torch.device("cpu")) != RESIDENT, reason="needs Linux's /proc and glibc")
 @pytest.mark.parametrize("dtype", ["fp32", pytest.param("bf16", marks=NEEDS_BFLOAT16)])
 def test_peak_memory_is_bounded_by_stocks(dtype):
-    bounds = {("fp32", True): 1.0, ("fp32", False): 0.75, ("bf16", True): 1.1, ("bf16", False): 0.9}
+    bounds = {("fp32", True): 1.0, ("fp32", False): 0.9, ("bf16", True): 1.1, ("bf16", False): 1.0}
     # the last but one leaves no room for workspaces in bfloat16
     shapes = [((100, 64, 64, 128), 0), ((100, 48, 256, 48), 0), ((50, 80, 128, 256), 0), ((48, 70, 128, 256), 0)]
     shapes += [((100, 64, 64, 128), 32)]
