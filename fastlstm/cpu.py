@@ -202,6 +202,7 @@ def _infer(
     D, B, H = h0.shape
     sizes = batch_sizes.tolist()
     cuts = _cut(sizes, _memory(N, I, H, x.dtype)[0], _FLOPS_PER_CUT_FORWARD / (8 * H * (I + H)))
+    offsets = [0, *itertools.accumulate(sizes)]
     first, by_direction = _places(sizes, batch_sizes, cuts, D)
     edges = [*(first[start] for start, _ in cuts[:-1]), first[-1] + cuts[-2][1]]
     dead = [
@@ -216,6 +217,7 @@ def _infer(
         source = _sources(place, edges[-1])
         weights, has_biases = _direction(flat, d)
         weights[:2] = _laid_out(weights[0], weights[1], H, has_biases)
+        output_d = output[:, d * H : (d + 1) * H]
         h, c = h0[d].contiguous(), c0[d].float().contiguous()
         outputs, last_cells, gathered = [], [], x
         origin = until = 0
@@ -226,11 +228,16 @@ def _infer(
                 gathered = _gather_input(x, source[origin:until], torch.tensor(among, dtype=torch.int64, device="cpu"))
             x_chunk = gathered[edges[k] - origin : edges[k + 1] - origin].view(end - start, rows, I + 1)
             y, h, c, _ = _run(x_chunk, weights, h[:rows], c[:rows], has_biases, False)
-            outputs.append(y.view(-1, H))
             last_cells.append(c[after:])
-        torch.index_select(torch.cat(outputs), 0, place, out=output[:, d * H : (d + 1) * H])
+            if d:
+                outputs.append(y.view(-1, H))
+            else:  # the chunk's rows of the data lie together
+                data = slice(offsets[start], offsets[end])
+                torch.index_select(y.view(-1, H), 0, place[data] - edges[k], out=output_d[data])
+        if d:
+            torch.index_select(torch.cat(outputs), 0, place, out=output_d)
         torch.cat(last_cells[::-1], out=c_n[d])
-        h_n[d] = packing.first_rows(output[:, d * H : (d + 1) * H], B, batch_sizes, reverse=d == 0)
+        h_n[d] = packing.first_rows(output_d, B, batch_sizes, reverse=d == 0)
     return output, h_n, c_n
 
 
