@@ -10,7 +10,7 @@ makes that exact: it is 0 where a row lives and 1 where it is dead, and its weig
     dead   i = 0, f = 1, o = 0:  c_t = c_{t-1}, h_t = 0;   backward: da = 0, dc_{t-1} = dc_t
 
 A dead row so costs its share of a GEMM and nothing else, and c_n stands in the last c of its chunk. Cutting costs a
-call, in which oneDNN, in training, lays out the weights again; `_cut` weighs one against the other.
+call, in which oneDNN, in training, lays out the weights again; `cutting.py` weighs one against the other.
 
 Direction 1 takes each row from its own last step to its first. In that order too all rows begin together and end at
 their lengths, so the same cuts serve, filled from other rows of the data.
@@ -26,48 +26,16 @@ from __future__ import annotations
 import bisect
 import itertools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastlstm import autocast, autograd, packing
+from fastlstm import autocast, autograd, cutting, packing
 from fastlstm.weights import DirectionWeights
 
 _LSTM = 2  # the cell's number in aten.mkldnn_rnn_layer
 _SATURATED = (-1e30, 1e30, 0.0, -1e30)
-
-# what cutting costs in training, as rows that could be computed meanwhile: the weights' new layout and a fixed time;
-# and without a backward pass, where there is only the latter; measured
-_ROWS_PER_CUT = 32
-_FLOPS_PER_CUT = 5e6
-_FLOPS_PER_CUT_FORWARD = 1.5e7
-# a chunk's working memory stays below this, or below what is left free of the size of stock's graph (`_memory`)
-_CHUNK_BYTES = 1 << 20
-
-
-class _Chunk(NamedTuple):
-    """Consecutive steps of one direction that run as one dense batch; a place is step * rows + row.
-
-    Attributes:
-        steps: number of steps.
-        rows: number of batch rows, those active at the first step.
-        source: [steps * rows], the row of the packed data at each place; any where it is dead.
-        alive: [any], the places that are not dead.
-        dead: [any], those that are.
-        data: the rows of the packed data at `alive`, in that order.
-        ends: [any], the place of the last step of each row that goes no further: the last rows of the batch.
-        keep: whether training keeps oneDNN's workspace; else backward makes it again.
-    """
-
-    steps: int
-    rows: int
-    source: Tensor
-    alive: Tensor
-    dead: Tensor
-    data: slice | Tensor
-    ends: Tensor
-    keep: bool
 
 
 def lstm_layer(
@@ -100,7 +68,7 @@ def lstm_layer(
     flat = [weight for direction in weights for weight in direction]
     if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in (x, h0, c0, *flat)):
         return _infer(x, h0, c0, flat, batch_sizes)
-    chunks = _chunks(batch_sizes, x.shape[1], h0.shape[2], len(weights), x.dtype)
+    chunks = cutting.make_chunks(batch_sizes, x.shape[1], h0.shape[2], len(weights), x.dtype)
     output, h_n, c_n, *_ = _PackedLayer.apply(x, h0, c0, batch_sizes, chunks, *flat)  # pyright: ignore
     return output, h_n, c_n
 
@@ -146,7 +114,7 @@ class _PackedLayer(torch.autograd.Function):
         h0: Tensor,
         c0: Tensor,
         batch_sizes: Tensor,
-        chunks: list[list[_Chunk]],
+        chunks: list[list[cutting.Chunk]],
         *flat: Tensor | None,
     ) -> tuple[Tensor, ...]:
         """Return what `lstm_layer` does, and for each chunk the states around it and oneDNN's workspace."""
@@ -157,7 +125,7 @@ class _PackedLayer(torch.autograd.Function):
         """Save for backward.
 
         Beyond the inputs and the output that the caller holds anyway, a row and direction cost what oneDNN's forward
-        writes into its workspace, about 24H bytes in float32 and 17H in bfloat16, where it is kept (`_memory`). Its
+        writes into its workspace, about 24H bytes in float32 and 17H in bfloat16, where it is kept (`cutting.py`). Its
         backward writes several times as much into the same workspace, so each is dropped as soon as it is used, and
         made again if the graph is walked twice. The space for that is reserved from the start (64H bytes): torch's
         profiler counts it, but it is no memory until it is written. What was gathered is gathered again.
@@ -201,20 +169,20 @@ def _infer(
     N, I = x.shape  # noqa: E741
     D, B, H = h0.shape
     sizes = batch_sizes.tolist()
-    cuts = _cut(sizes, _memory(N, I, H, x.dtype)[0], _FLOPS_PER_CUT_FORWARD / (8 * H * (I + H)))
+    cuts = cutting.choose_cuts(sizes, I, H, x.dtype, training=False)
     offsets = [0, *itertools.accumulate(sizes)]
-    first, by_direction = _places(sizes, batch_sizes, cuts, D)
+    first, by_direction = cutting.lay_places(sizes, batch_sizes, cuts, D)
     edges = [*(first[start] for start, _ in cuts[:-1]), first[-1] + cuts[-2][1]]
-    dead = [
-        begin + k for begin, cut, after in zip(edges, cuts, cuts[1:], strict=False) for k in _dead(sizes, cut, after)
-    ]
+    dead: list[int] = []
+    for begin, cut, next_cut in zip(edges, cuts, cuts[1:], strict=False):
+        dead += [begin + k for k in cutting.dead_places(sizes, cut, next_cut)]
     most = H * N // (I + 1)  # places gathered at once: a quarter of what stock's gates take
 
     output = x.new_empty(N, D * H)
     h_n = torch.empty_like(h0, memory_format=torch.contiguous_format)
     c_n = torch.empty_like(h_n)
     for d, place in enumerate(by_direction):
-        source = _sources(place, edges[-1])
+        source = cutting.sources_of(place, edges[-1])
         weights, has_biases = _direction(flat, d)
         weights[:2] = _laid_out(weights[0], weights[1], H, has_biases)
         output_d = output[:, d * H : (d + 1) * H]
@@ -224,7 +192,7 @@ def _infer(
         for k, ((start, rows), (end, after)) in enumerate(itertools.pairwise(cuts)):
             if edges[k] == until:
                 origin, until = until, edges[max(k + 1, bisect.bisect_right(edges, until + most) - 1)]
-                among = [place - origin for place in dead if origin <= place < until]
+                among = [k - origin for k in dead if origin <= k < until]
                 gathered = _gather_input(x, source[origin:until], torch.tensor(among, dtype=torch.int64, device="cpu"))
             x_chunk = gathered[edges[k] - origin : edges[k + 1] - origin].view(end - start, rows, I + 1)
             y, h, c, _ = _run(x_chunk, weights, h[:rows], c[:rows], has_biases, False)
@@ -242,7 +210,7 @@ def _infer(
 
 
 def _forward(
-    x: Tensor, h0: Tensor, c0: Tensor, flat: Sequence[Tensor | None], chunks: list[list[_Chunk]]
+    x: Tensor, h0: Tensor, c0: Tensor, flat: Sequence[Tensor | None], chunks: list[list[cutting.Chunk]]
 ) -> tuple[Any, ...]:
     """Run every chunk of every direction; return five more tensors a chunk for `_backward`."""
     H = h0.shape[2]
@@ -274,7 +242,7 @@ def _backward(
     output: Tensor,
     states: list[Tensor],
     workspaces: list[Tensor | None],
-    chunks: list[list[_Chunk]],
+    chunks: list[list[cutting.Chunk]],
 ) -> list[Tensor | None]:
     """Run the adjoint of every chunk, the last one first; sums over chunks are float32."""
     d_output, dh_n, dc_n = cotangents
@@ -351,12 +319,12 @@ def _laid_out(w_ih: Tensor, w_hh: Tensor, H: int, has_biases: bool) -> list[Tens
     return lay_out(w_ih, w_hh, H, False, has_biases, False)
 
 
-def _gather(rows: Tensor, chunk: _Chunk) -> Tensor:
+def _gather(rows: Tensor, chunk: cutting.Chunk) -> Tensor:
     """Return the chunk's rows [steps * rows, K] out of packed ones [N, K], 0 at dead places."""
     return rows.index_select(0, chunk.source).index_fill_(0, chunk.dead, 0)
 
 
-def _input(x: Tensor, chunk: _Chunk) -> Tensor:
+def _input(x: Tensor, chunk: cutting.Chunk) -> Tensor:
     """Return a chunk's input [steps, rows, I + 1]."""
     return _gather_input(x, chunk.source, chunk.dead).view(chunk.steps, chunk.rows, -1)
 
@@ -373,7 +341,7 @@ def _gather_input(x: Tensor, source: Tensor, dead: Tensor) -> Tensor:
     return gathered
 
 
-def _scatter(places: Tensor, chunk: _Chunk, rows: Tensor, add: bool = False) -> None:
+def _scatter(places: Tensor, chunk: cutting.Chunk, rows: Tensor, add: bool = False) -> None:
     """Bring what stands at the live places [steps * rows, K] of a chunk to its rows of packed ones [N, K]."""
     if isinstance(chunk.data, slice):
         torch.index_select(places, 0, chunk.alive, out=rows[chunk.data])
@@ -381,114 +349,3 @@ def _scatter(places: Tensor, chunk: _Chunk, rows: Tensor, add: bool = False) -> 
         rows.index_add_(0, chunk.data, places.index_select(0, chunk.alive))
     else:
         rows.index_copy_(0, chunk.data, places.index_select(0, chunk.alive))
-
-
-def _chunks(
-    batch_sizes: Tensor,
-    I: int,  # noqa: E741
-    H: int,
-    D: int,
-    dtype: torch.dtype,
-) -> list[list[_Chunk]]:
-    """Cut a packed layer that is to be trained into chunks, the same cuts for each of the D directions."""
-    sizes = batch_sizes.tolist()
-    most, keep = _memory(sum(sizes), I, H, dtype)
-    cuts = _cut(sizes, most, _ROWS_PER_CUT + _FLOPS_PER_CUT / (8 * H * (I + H)))
-    offsets, lengths = [0, *itertools.accumulate(sizes)], _lengths(sizes)
-    first, by_direction = _places(sizes, batch_sizes, cuts, D)
-    chunks: list[list[_Chunk]] = []
-    for d, place in enumerate(by_direction):
-        source_d = _sources(place, first[-1] + cuts[-2][1])
-        chunks.append([])
-        for cut, after in itertools.pairwise(cuts):
-            (start, rows), (end, going_on) = cut, after
-            begin, data = first[start], slice(offsets[start], offsets[end])
-            source, alive = source_d[begin : begin + (end - start) * rows], by_direction[0][data] - begin
-            ends = [first[n - 1] - begin + b for b, n in enumerate(lengths[going_on:rows], going_on)]
-            dead, ends = (torch.tensor(k, dtype=torch.int64, device="cpu") for k in (_dead(sizes, cut, after), ends))
-            chunks[d].append(_Chunk(end - start, rows, source, alive, dead, source[alive] if d else data, ends, keep))
-    return chunks
-
-
-def _places(
-    sizes: list[int], batch_sizes: Tensor, cuts: list[tuple[int, int]], D: int
-) -> tuple[list[int], list[Tensor]]:
-    """Lay all chunks one after the other: return the place of each step's first row, and of each row of the data [N].
-
-    The latter for each of D directions. What has a number for each step or batch row is made in Python, which is
-    sooner done, what has one for each row of the data in torch.
-    """
-    first: list[int] = []
-    places = 0
-    for (start, rows), (end, _) in itertools.pairwise(cuts):
-        first += range(places, places + (end - start) * rows, rows)
-        places += (end - start) * rows
-    offsets = [0, *itertools.accumulate(sizes)]
-
-    def of_rows(values: Sequence[int]) -> Tensor:
-        return torch.tensor(values, device="cpu").repeat_interleave(batch_sizes)
-
-    row = torch.arange(offsets[-1], device="cpu")
-    by_direction = [row + of_rows([place - offset for place, offset in zip(first, offsets, strict=False)])]
-    if D == 2:
-        b = row - of_rows(offsets[:-1])
-        step = torch.tensor(_lengths(sizes), device="cpu")[b] - 1 - of_rows(range(len(sizes)))
-        by_direction.append(torch.tensor(first, device="cpu")[step] + b)
-    return first, by_direction
-
-
-def _sources(place: Tensor, places: int) -> Tensor:
-    """Return the row of the data at each place, any where it is dead."""
-    rows = torch.arange(len(place), device="cpu")
-    return torch.zeros(places, dtype=torch.int64, device="cpu").index_copy_(0, place, rows)
-
-
-def _dead(sizes: list[int], cut: tuple[int, int], after: tuple[int, int]) -> list[int]:
-    """Return the dead places of the chunk between two cuts, counted from its first."""
-    (start, rows), (end, _) = cut, after
-    return [k * rows + b for k, n in enumerate(sizes[start:end]) for b in range(n, rows)]
-
-
-def _lengths(sizes: list[int]) -> list[int]:
-    """Return the length of each row of the batch."""
-    lengths = [0] * sizes[0]
-    for t, (n, after) in enumerate(itertools.pairwise([*sizes, 0]), 1):
-        lengths[after:n] = [t] * (n - after)
-    return lengths
-
-
-def _memory(N: int, I: int, H: int, dtype: torch.dtype) -> tuple[float, bool]:  # noqa: E741
-    """Return the most places that a chunk may have, and whether workspaces are kept for backward.
-
-    The bound is stock's memory, whose graph costs 48H bytes a row in float32 and 24H in bfloat16. A workspace costs 24H
-    or 17H of them, and a chunk in backward `place_bytes`; these factors and the others were measured. The gradients of
-    the weights are float32 until all chunks are summed, which in bfloat16 leaves room for workspaces only where rows
-    are many.
-    """
-    if dtype == torch.float32:
-        place_bytes, free, keep = 32 * max(I, H) + 48 * H, 24 * H * N, True
-    else:
-        keep = N >= 6 * (I + H)
-        place_bytes, free = 12 * max(I, H) + 32 * H, 5 * H * N if keep else H * (16 * N - 28 * (I + H))
-    return max(_CHUNK_BYTES, free) / place_bytes, keep
-
-
-def _cut(sizes: list[int], most: float, rows_per_cut: float) -> list[tuple[int, int]]:
-    """Return (first step, rows active there) of each chunk of at most `most` places, and (T, 0) as the last item.
-
-    A chunk ends where its dead places would come to be more than `rows_per_cut`, which another call costs.
-    """
-    cuts: list[tuple[int, int]] = []
-    start = dead = cut_at = 0
-    for rows, run in itertools.groupby(sizes):
-        steps = len(list(run))
-        if cuts:
-            dead += (cuts[-1][1] - rows) * steps
-        if dead > rows_per_cut:
-            cut_at = start
-        while cut_at < start + steps:
-            cuts.append((cut_at, rows))
-            cut_at += max(1, int(most // rows))
-            dead = 0
-        start += steps
-    return [*cuts, (start, 0)]

@@ -18,7 +18,7 @@ from benchmarks.memory import Meter, way
 from benchmarks.peers import OURS, STOCK
 from benchmarks.results import RESIDENT
 from benchmarks.workloads import Shape, Workload
-from fastlstm import cpu, dispatch
+from fastlstm import cpu, cutting, dispatch
 from fastlstm import problem as problem_module
 from fastlstm.dispatch import decide
 from fastlstm.problem import Device, Problem
@@ -46,10 +46,10 @@ def cut(monkeypatch):
 
     def set_cuts(name):
         rows, size = CUTS[name]
-        monkeypatch.setattr(cpu, "_ROWS_PER_CUT", rows)
-        monkeypatch.setattr(cpu, "_FLOPS_PER_CUT", 0)
-        monkeypatch.setattr(cpu, "_FLOPS_PER_CUT_FORWARD", rows * 1e4)
-        monkeypatch.setattr(cpu, "_CHUNK_BYTES", size)
+        monkeypatch.setattr(cutting, "_ROWS_PER_CUT", rows)
+        monkeypatch.setattr(cutting, "_FLOPS_PER_CUT", 0)
+        monkeypatch.setattr(cutting, "_FLOPS_PER_CUT_FORWARD", rows * 1e4)
+        monkeypatch.setattr(cutting, "_CHUNK_BYTES", size)
 
     return set_cuts
 
@@ -257,9 +257,9 @@ def test_any_stride():
 def test_cuts_cover_all_steps_and_bound_waste_and_size(lengths, rows_per_cut, monkeypatch):
     batch_sizes = pack_sequence([torch.zeros(n, 1) for n in lengths]).batch_sizes
     T, I, H = len(batch_sizes), 64, 64  # noqa: E741
-    monkeypatch.setattr(cpu, "_CHUNK_BYTES", 0)
-    most, _ = cpu._memory(sum(lengths), I, H, torch.float32)
-    cuts = cpu._cut(batch_sizes.tolist(), most, rows_per_cut)
+    monkeypatch.setattr(cutting, "_CHUNK_BYTES", 0)
+    most, _ = cutting._memory(sum(lengths), I, H, torch.float32)
+    cuts = cutting._cut(batch_sizes.tolist(), most, rows_per_cut)
     assert cuts[0] == (0, len(lengths))
     assert cuts[-1] == (T, 0)
     for (start, rows), (end, _) in pairwise(cuts):

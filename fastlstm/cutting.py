@@ -1,0 +1,165 @@
+"""How a packed batch is cut into chunks of steps, each to run as one dense batch (`cpu.py`).
+
+A chunk has as many rows as are active at its first step. Where a row ends inside it the rest of its places are dead:
+they cost what live ones do, and cutting costs a call.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# what cutting costs in training, as rows that could be computed meanwhile: the weights' new layout and a fixed time;
+# and without a backward pass, where there is only the latter; measured
+_ROWS_PER_CUT = 32
+_FLOPS_PER_CUT = 5e6
+_FLOPS_PER_CUT_FORWARD = 1.5e7
+# a chunk's working memory stays below this, or below what is left free of the size of stock's graph (`_memory`)
+_CHUNK_BYTES = 1 << 20
+
+
+class Chunk(NamedTuple):
+    """Consecutive steps of one direction that run as one dense batch; a place is step * rows + row.
+
+    Attributes:
+        steps: number of steps.
+        rows: number of batch rows, those active at the first step.
+        source: [steps * rows], the row of the packed data at each place; any where it is dead.
+        alive: [any], the places that are not dead.
+        dead: [any], those that are.
+        data: the rows of the packed data at `alive`, in that order.
+        ends: [any], the place of the last step of each row that goes no further: the last rows of the batch.
+        keep: whether training keeps oneDNN's workspace; else backward makes it again.
+    """
+
+    steps: int
+    rows: int
+    source: Tensor
+    alive: Tensor
+    dead: Tensor
+    data: slice | Tensor
+    ends: Tensor
+    keep: bool
+
+
+def make_chunks(
+    batch_sizes: Tensor,
+    I: int,  # noqa: E741
+    H: int,
+    D: int,
+    dtype: torch.dtype,
+) -> list[list[Chunk]]:
+    """Cut a packed layer that is to be trained into chunks, the same cuts for each of the D directions."""
+    sizes = batch_sizes.tolist()
+    cuts = choose_cuts(sizes, I, H, dtype, training=True)
+    _, keep = _memory(sum(sizes), I, H, dtype)
+    offsets, lengths = [0, *itertools.accumulate(sizes)], _lengths(sizes)
+    first, by_direction = lay_places(sizes, batch_sizes, cuts, D)
+    chunks: list[list[Chunk]] = []
+    for d, place in enumerate(by_direction):
+        source_d = sources_of(place, first[-1] + cuts[-2][1])
+        chunks.append([])
+        for cut, next_cut in itertools.pairwise(cuts):
+            (start, rows), (end, after) = cut, next_cut
+            begin, data = first[start], slice(offsets[start], offsets[end])
+            source, alive = source_d[begin : begin + (end - start) * rows], by_direction[0][data] - begin
+            dead = torch.tensor(dead_places(sizes, cut, next_cut), dtype=torch.int64, device="cpu")
+            last = [first[n - 1] - begin + b for b, n in enumerate(lengths[after:rows], after)]
+            ends = torch.tensor(last, dtype=torch.int64, device="cpu")
+            chunks[d].append(Chunk(end - start, rows, source, alive, dead, source[alive] if d else data, ends, keep))
+    return chunks
+
+
+def choose_cuts(sizes: list[int], I: int, H: int, dtype: torch.dtype, training: bool) -> list[tuple[int, int]]:  # noqa: E741
+    """Return (first step, rows active there) of each chunk, and (T, 0) as the last item."""
+    most, _ = _memory(sum(sizes), I, H, dtype)
+    flops = 8 * H * (I + H)  # of a row
+    return _cut(sizes, most, _ROWS_PER_CUT + _FLOPS_PER_CUT / flops if training else _FLOPS_PER_CUT_FORWARD / flops)
+
+
+def lay_places(
+    sizes: list[int], batch_sizes: Tensor, cuts: list[tuple[int, int]], D: int
+) -> tuple[list[int], list[Tensor]]:
+    """Lay all chunks one after the other: return the place of each step's first row, and of each row of the data [N].
+
+    The latter for each of D directions. What has a number for each step or batch row is made in Python, which is
+    sooner done, what has one for each row of the data in torch.
+    """
+    first: list[int] = []
+    places = 0
+    for (start, rows), (end, _) in itertools.pairwise(cuts):
+        first += range(places, places + (end - start) * rows, rows)
+        places += (end - start) * rows
+    offsets = [0, *itertools.accumulate(sizes)]
+
+    def of_rows(values: Sequence[int]) -> Tensor:
+        return torch.tensor(values, device="cpu").repeat_interleave(batch_sizes)
+
+    row = torch.arange(offsets[-1], device="cpu")
+    by_direction = [row + of_rows([place - offset for place, offset in zip(first, offsets, strict=False)])]
+    if D == 2:
+        b = row - of_rows(offsets[:-1])
+        step = torch.tensor(_lengths(sizes), device="cpu")[b] - 1 - of_rows(range(len(sizes)))
+        by_direction.append(torch.tensor(first, device="cpu")[step] + b)
+    return first, by_direction
+
+
+def sources_of(place: Tensor, places: int) -> Tensor:
+    """Return the row of the data at each place, any where it is dead."""
+    rows = torch.arange(len(place), device="cpu")
+    return torch.zeros(places, dtype=torch.int64, device="cpu").index_copy_(0, place, rows)
+
+
+def dead_places(sizes: list[int], cut: tuple[int, int], next_cut: tuple[int, int]) -> list[int]:
+    """Return the dead places of the chunk between two cuts, counted from its first."""
+    (start, rows), (end, _) = cut, next_cut
+    return [k * rows + b for k, n in enumerate(sizes[start:end]) for b in range(n, rows)]
+
+
+def _lengths(sizes: list[int]) -> list[int]:
+    """Return the length of each row of the batch."""
+    lengths = [0] * sizes[0]
+    for t, (n, after) in enumerate(itertools.pairwise([*sizes, 0]), 1):
+        lengths[after:n] = [t] * (n - after)
+    return lengths
+
+
+def _memory(N: int, I: int, H: int, dtype: torch.dtype) -> tuple[float, bool]:  # noqa: E741
+    """Return the most places that a chunk may have, and whether workspaces are kept for backward.
+
+    The bound is stock's memory, whose graph costs 48H bytes a row in float32 and 24H in bfloat16. A workspace costs 24H
+    or 17H of them, and a chunk in backward `place_bytes`; these factors and the others were measured. The gradients of
+    the weights are float32 until all chunks are summed, which in bfloat16 leaves room for workspaces only where rows
+    are many.
+    """
+    if dtype == torch.float32:
+        place_bytes, free, keep = 32 * max(I, H) + 48 * H, 24 * H * N, True
+    else:
+        keep = N >= 6 * (I + H)
+        place_bytes, free = 12 * max(I, H) + 32 * H, 5 * H * N if keep else H * (16 * N - 28 * (I + H))
+    return max(_CHUNK_BYTES, free) / place_bytes, keep
+
+
+def _cut(sizes: list[int], most: float, rows_per_cut: float) -> list[tuple[int, int]]:
+    """Return (first step, rows active there) of each chunk of at most `most` places, and (T, 0) as the last item.
+
+    A chunk ends where its dead places would come to be more than `rows_per_cut`, which another call costs.
+    """
+    cuts: list[tuple[int, int]] = []
+    start = dead = cut_at = 0
+    for rows, run in itertools.groupby(sizes):
+        steps = len(list(run))
+        if cuts:
+            dead += (cuts[-1][1] - rows) * steps
+        if dead > rows_per_cut:
+            cut_at = start
+        while cut_at < start + steps:
+            cuts.append((cut_at, rows))
+            cut_at += max(1, int(most // rows))
+            dead = 0
+        start += steps
+    return [*cuts, (start, 0)]
