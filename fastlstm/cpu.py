@@ -171,18 +171,16 @@ def _infer(
     sizes = batch_sizes.tolist()
     cuts = cutting.choose_cuts(sizes, I, H, x.dtype, training=False)
     offsets = [0, *itertools.accumulate(sizes)]
-    first, by_direction = cutting.lay_places(sizes, batch_sizes, cuts, D)
-    edges = [*(first[start] for start, _ in cuts[:-1]), first[-1] + cuts[-2][1]]
-    dead: list[int] = []
-    for begin, cut, next_cut in zip(edges, cuts, cuts[1:], strict=False):
-        dead += [begin + k for k in cutting.dead_places(sizes, cut, next_cut)]
+    edges, by_direction = cutting.lay_places(sizes, batch_sizes, cuts, D)
+    row = torch.arange(N, device="cpu")
+    is_dead = torch.ones(edges[-1], dtype=torch.bool, device="cpu").index_fill_(0, by_direction[0], False)
     most = H * N // (I + 1)  # places gathered at once: a quarter of what stock's gates take
 
     output = x.new_empty(N, D * H)
     h_n = torch.empty_like(h0, memory_format=torch.contiguous_format)
     c_n = torch.empty_like(h_n)
     for d, place in enumerate(by_direction):
-        source = cutting.sources_of(place, edges[-1])
+        source = row.new_zeros(edges[-1]).index_copy_(0, place, row)
         weights, has_biases = _direction(flat, d)
         weights[:2] = _laid_out(weights[0], weights[1], H, has_biases)
         output_d = output[:, d * H : (d + 1) * H]
@@ -192,8 +190,7 @@ def _infer(
         for k, ((start, rows), (end, after)) in enumerate(itertools.pairwise(cuts)):
             if edges[k] == until:
                 origin, until = until, edges[max(k + 1, bisect.bisect_right(edges, until + most) - 1)]
-                among = [k - origin for k in dead if origin <= k < until]
-                gathered = _gather_input(x, source[origin:until], torch.tensor(among, dtype=torch.int64, device="cpu"))
+                gathered = _gather_input(x, source[origin:until], is_dead[origin:until].nonzero().squeeze(1))
             x_chunk = gathered[edges[k] - origin : edges[k + 1] - origin].view(end - start, rows, I + 1)
             y, h, c, _ = _run(x_chunk, weights, h[:rows], c[:rows], has_biases, False)
             last_cells.append(c[after:])

@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastlstm import packing
+
 # what cutting costs in training, as rows that could be computed meanwhile: the weights' new layout and a fixed time;
 # and without a backward pass, where there is only the latter; measured
 _ROWS_PER_CUT = 32
@@ -28,7 +30,7 @@ class Chunk(NamedTuple):
     Attributes:
         steps: number of steps.
         rows: number of batch rows, those active at the first step.
-        source: [steps * rows], the row of the packed data at each place; any where it is dead.
+        source: [steps * rows], the row of the packed data at each place; where it is dead, any.
         alive: [any], the places that are not dead.
         dead: [any], those that are.
         data: the rows of the packed data at `alive`, in that order.
@@ -55,22 +57,26 @@ def make_chunks(
 ) -> list[list[Chunk]]:
     """Cut a packed layer that is to be trained into chunks, the same cuts for each of the D directions."""
     sizes = batch_sizes.tolist()
+    N = sum(sizes)
     cuts = choose_cuts(sizes, I, H, dtype, training=True)
-    _, keep = _memory(sum(sizes), I, H, dtype)
-    offsets, lengths = [0, *itertools.accumulate(sizes)], _lengths(sizes)
-    first, by_direction = lay_places(sizes, batch_sizes, cuts, D)
-    chunks: list[list[Chunk]] = []
-    for d, place in enumerate(by_direction):
-        source_d = sources_of(place, first[-1] + cuts[-2][1])
-        chunks.append([])
-        for cut, next_cut in itertools.pairwise(cuts):
-            (start, rows), (end, after) = cut, next_cut
-            begin, data = first[start], slice(offsets[start], offsets[end])
-            source, alive = source_d[begin : begin + (end - start) * rows], by_direction[0][data] - begin
-            dead = torch.tensor(dead_places(sizes, cut, next_cut), dtype=torch.int64, device="cpu")
-            last = [first[n - 1] - begin + b for b, n in enumerate(lengths[after:rows], after)]
-            ends = torch.tensor(last, dtype=torch.int64, device="cpu")
-            chunks[d].append(Chunk(end - start, rows, source, alive, dead, source[alive] if d else data, ends, keep))
+    _, keep = _memory(N, I, H, dtype)
+    lengths, offsets = packing.spans(batch_sizes, sizes[0])
+    chunks: list[list[Chunk]] = [[] for _ in range(D)]
+    begin = 0
+    for (start, rows), (end, after) in itertools.pairwise(cuts):
+        b = torch.arange(rows, device="cpu")
+        lives = b < batch_sizes[start:end].unsqueeze(1)  # [steps, rows], in either direction
+        alive, dead = (places.flatten().nonzero().squeeze(1) for places in (lives, ~lives))
+        last = lengths[:rows] - 1
+        ends = (last[after:] - start) * rows + b[after:]
+        data = slice(begin, begin + len(alive))
+        source = (offsets[start:end].unsqueeze(1) + b).clamp_(max=N - 1).flatten()
+        chunks[0].append(Chunk(end - start, rows, source, alive, dead, data, ends, keep))
+        if D == 2:
+            step = torch.arange(start, end, device="cpu").unsqueeze(1)
+            source = (offsets[(last - step).clamp_(min=0)] + b).flatten()
+            chunks[1].append(Chunk(end - start, rows, source, alive, dead, source[alive], ends, keep))
+        begin = data.stop
     return chunks
 
 
@@ -84,48 +90,26 @@ def choose_cuts(sizes: list[int], I: int, H: int, dtype: torch.dtype, training: 
 def lay_places(
     sizes: list[int], batch_sizes: Tensor, cuts: list[tuple[int, int]], D: int
 ) -> tuple[list[int], list[Tensor]]:
-    """Lay all chunks one after the other: return the place of each step's first row, and of each row of the data [N].
+    """Lay all chunks one after the other: return the first place of each, and their end; and that of each data row [N].
 
-    The latter for each of D directions. What has a number for each step or batch row is made in Python, which is
-    sooner done, what has one for each row of the data in torch.
+    The latter for each of the D directions. What has a number for each step is made in Python, which is sooner done.
     """
-    first: list[int] = []
-    places = 0
+    edges, first = [0], []
     for (start, rows), (end, _) in itertools.pairwise(cuts):
-        first += range(places, places + (end - start) * rows, rows)
-        places += (end - start) * rows
-    offsets = [0, *itertools.accumulate(sizes)]
+        first += range(edges[-1], edges[-1] + (end - start) * rows, rows)
+        edges.append(edges[-1] + (end - start) * rows)
+    offsets = itertools.accumulate(sizes, initial=0)
 
     def of_rows(values: Sequence[int]) -> Tensor:
         return torch.tensor(values, device="cpu").repeat_interleave(batch_sizes)
 
-    row = torch.arange(offsets[-1], device="cpu")
+    row = torch.arange(sum(sizes), device="cpu")
     by_direction = [row + of_rows([place - offset for place, offset in zip(first, offsets, strict=False)])]
     if D == 2:
-        b = row - of_rows(offsets[:-1])
-        step = torch.tensor(_lengths(sizes), device="cpu")[b] - 1 - of_rows(range(len(sizes)))
-        by_direction.append(torch.tensor(first, device="cpu")[step] + b)
-    return first, by_direction
-
-
-def sources_of(place: Tensor, places: int) -> Tensor:
-    """Return the row of the data at each place, any where it is dead."""
-    rows = torch.arange(len(place), device="cpu")
-    return torch.zeros(places, dtype=torch.int64, device="cpu").index_copy_(0, place, rows)
-
-
-def dead_places(sizes: list[int], cut: tuple[int, int], next_cut: tuple[int, int]) -> list[int]:
-    """Return the dead places of the chunk between two cuts, counted from its first."""
-    (start, rows), (end, _) = cut, next_cut
-    return [k * rows + b for k, n in enumerate(sizes[start:end]) for b in range(n, rows)]
-
-
-def _lengths(sizes: list[int]) -> list[int]:
-    """Return the length of each row of the batch."""
-    lengths = [0] * sizes[0]
-    for t, (n, after) in enumerate(itertools.pairwise([*sizes, 0]), 1):
-        lengths[after:n] = [t] * (n - after)
-    return lengths
+        lengths, starts = packing.spans(batch_sizes, sizes[0])
+        b = row - starts.repeat_interleave(batch_sizes)
+        by_direction.append(torch.tensor(first, device="cpu")[lengths[b] - 1 - of_rows(range(len(sizes)))] + b)
+    return edges, by_direction
 
 
 def _memory(N: int, I: int, H: int, dtype: torch.dtype) -> tuple[float, bool]:  # noqa: E741

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 # 16-bit rows are widened in blocks of so many bytes at least
-_BLOCK_BYTES = 1 << 18
+_BLOCK_BYTES = 1 << 19
 # a gradient times y (1 - y), or 1 - y^2, in one pass
 _sigmoid_backward = torch.ops.aten.sigmoid_backward.grad_input
 _tanh_backward = torch.ops.aten.tanh_backward.grad_input
