@@ -150,8 +150,8 @@ def lstm_backward(
     sizes = _sizes(gates, B, batch_sizes)
     blocks = _blocks(sizes, (9 * H + P) * dtype.itemsize if narrow else 0)
 
-    dgates = torch.empty_like(gates)
-    dh_rows = torch.empty_like(d_output) if w_hr is not None else d_output.new_empty(0)
+    dgates = gates.new_empty(gates.shape)
+    dh_rows = d_output.new_empty(0 if w_hr is None else d_output.shape)  # contiguous, as a tracer is told
     dc_n = dc_n.to(dtype, copy=True, memory_format=torch.contiguous_format)
 
     for d in range(D):
@@ -250,7 +250,7 @@ def _sizes(rows: Tensor, B: int, batch_sizes: Tensor | None) -> list[int]:
 
 
 def _blocks(sizes: list[int], row_bytes: int) -> list[tuple[slice, slice]]:
-    """Cut the steps into (steps, rows), sixteen blocks or fewer, that bound what is held beside the arguments at once.
+    """Cut the steps into (steps, rows), fewer than 32 blocks, which bound what is held beside the arguments at once.
 
     What fits a cache is faster in larger blocks still, so where nothing is held (`row_bytes` is 0) there is only one.
     """

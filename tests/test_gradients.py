@@ -158,3 +158,10 @@ def test_ops_keep_their_contracts(D, P, bias, packed, save):
     torch.library.opcheck(zero_states, (forward[0].detach(), D, 3, 4))
     if packed:
         torch.library.opcheck(first_step, (forward[4],))
+
+
+@pytest.mark.parametrize("P", [0, 2])
+def test_a_cotangent_laid_out_by_columns(P):
+    """A compiled graph stops where results are laid out otherwise than the fake implementation says."""
+    _, (d_output, *others) = op_arguments(2, P, True, False, True)
+    torch.library.opcheck(lstm_backward, (d_output.t().contiguous().t(), *others), test_utils="test_faketensor")

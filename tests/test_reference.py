@@ -132,6 +132,35 @@ def test_without_save_the_results_are_the_same_and_nothing_is_kept(dtype, sizes)
     assert saving[4].dtype == reference.accumulation_dtype(dtype)
 
 
+@pytest.mark.parametrize("sizes", [None, [4, 4, 2, 2, 2, 1], [1] * 6], ids=["dense", "packed", "one_row"])
+@pytest.mark.parametrize("P", [0, 3])
+@pytest.mark.parametrize("steps_at_once", [1, 2, 3])
+def test_blocks_of_steps_change_nothing(steps_at_once, P, sizes, monkeypatch):
+    """Rows that end, and begin, inside a block and between two; both directions."""
+    torch.manual_seed(5)
+    H = 5
+    N, B = (24, 4) if sizes is None else (sum(sizes), sizes[0])
+    shapes = [(N, 8 * H), (2, B, P or H), (2, B, H), (2, 4 * H, P or H)]
+    gates_x, *others = (torch.randn(shape, dtype=torch.bfloat16) for shape in shapes)
+    w_hr = torch.randn(2, P, H, dtype=torch.bfloat16) if P else None
+    batch_sizes = None if sizes is None else torch.tensor(sizes)
+    cut = [list(reference._blocks([B] * 6 if sizes is None else sizes, 1))]
+
+    def run():
+        h0, c0, w_hh = others
+        *results, gates, cells = reference.lstm_forward(gates_x.clone(), h0, c0, w_hh, w_hr, batch_sizes, True)
+        saved = (gates, cells, c0, w_hh, w_hr, batch_sizes)
+        return [*results, gates, cells, *reference.lstm_backward(*results, *saved)]
+
+    whole = run()
+    bound = steps_at_once * B
+    blocks = reference._blocks
+    monkeypatch.setattr(reference, "_BLOCK_BYTES", bound)
+    monkeypatch.setattr(reference, "_blocks", lambda sizes, row_bytes: cut.append(blocks(sizes, 1)) or cut[-1])
+    assert all(map(torch.equal, run(), whole))
+    assert min(map(len, cut[1:])) > len(cut[0]) == 1
+
+
 @pytest.mark.parametrize("magnitude", [100.0, float("inf")])
 def test_saturated_gates_are_finite(magnitude):
     gates_x = torch.tensor([[magnitude, -magnitude, magnitude, magnitude], [-magnitude] * 4])
