@@ -307,7 +307,8 @@ def _direction(flat: Sequence[Tensor | None], d: int) -> tuple[list[Tensor], boo
     w_ih = torch.cat((w_ih.detach(), column), 1)
     none = w_ih.new_empty(0)
     biases = [none if b is None else b.detach() for b in (b_ih, b_hh)]
-    return [w_ih, w_hh.detach(), *biases], b_ih is not None
+    # the op would make it contiguous in each call, what lays it out beforehand would not
+    return [w_ih, w_hh.detach().contiguous(), *biases], b_ih is not None
 
 
 def _laid_out(w_ih: Tensor, w_hh: Tensor, H: int, has_biases: bool) -> list[Tensor]:
