@@ -275,10 +275,11 @@ def _before(cells: Sequence[Tensor], c0: Tensor, sizes: list[int], steps: slice,
     pieces = []
     for t in range(steps.start, steps.stop):
         before, n = (t + 1 if d else t - 1), sizes[t]
-        known = cells[before][:n] if 0 <= before < len(cells) else c0[:0]
-        pieces.append(known)
-        if len(known) < n:
-            pieces.append(c0[len(known) : n])
+        known = sizes[before] if 0 <= before < len(sizes) else 0
+        if known:
+            pieces.append(cells[before] if known <= n else cells[before][:n])
+        if known < n:
+            pieces.append(c0[known:n])
     return pieces
 
 
