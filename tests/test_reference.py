@@ -141,21 +141,18 @@ def test_blocks_of_steps_change_nothing(steps_at_once, P, sizes, monkeypatch):
     H = 5
     N, B = (24, 4) if sizes is None else (sum(sizes), sizes[0])
     shapes = [(N, 8 * H), (2, B, P or H), (2, B, H), (2, 4 * H, P or H)]
-    gates_x, *others = (torch.randn(shape, dtype=torch.bfloat16) for shape in shapes)
+    gates_x, h0, c0, w_hh = (torch.randn(shape, dtype=torch.bfloat16) for shape in shapes)
     w_hr = torch.randn(2, P, H, dtype=torch.bfloat16) if P else None
     batch_sizes = None if sizes is None else torch.tensor(sizes)
     cut = [list(reference._blocks([B] * 6 if sizes is None else sizes, 1))]
 
     def run():
-        h0, c0, w_hh = others
-        *results, gates, cells = reference.lstm_forward(gates_x.clone(), h0, c0, w_hh, w_hr, batch_sizes, True)
-        saved = (gates, cells, c0, w_hh, w_hr, batch_sizes)
-        return [*results, gates, cells, *reference.lstm_backward(*results, *saved)]
+        results = reference.lstm_forward(gates_x.clone(), h0, c0, w_hh, w_hr, batch_sizes, True)
+        return [*results, *reference.lstm_backward(*results, c0, w_hh, w_hr, batch_sizes)]
 
     whole = run()
-    bound = steps_at_once * B
     blocks = reference._blocks
-    monkeypatch.setattr(reference, "_BLOCK_BYTES", bound)
+    monkeypatch.setattr(reference, "_BLOCK_BYTES", steps_at_once * B)
     monkeypatch.setattr(reference, "_blocks", lambda sizes, row_bytes: cut.append(blocks(sizes, 1)) or cut[-1])
     assert all(map(torch.equal, run(), whole))
     assert min(map(len, cut[1:])) > len(cut[0]) == 1
