@@ -244,19 +244,6 @@ def test_inference_equals_training_and_has_no_graph(mode):
     torch.testing.assert_close((bare_output.data, *bare_states), (output.data, *states))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
-@pytest.mark.parametrize("name", CUTS)
-def test_inference_in_any_chunks(name, bias, dtype, cut):
-    cut(name)
-    stock, x, hx = make_layer_inputs(I=5, H=19, D=2, bias=bias, lengths=LENGTHS, packed=True, dtype=dtype)
-    layer = Chunked(stock)
-    expected, expected_states = layer(x, hx)
-    with torch.no_grad():
-        output, states = layer(x, hx)
-    torch.testing.assert_close((output.data, *states), (expected.data, *expected_states))
-
-
 def test_any_stride():
     stock, x, hx = make_packed(I=3, H=19, D=2)
     layer = Chunked(stock)
