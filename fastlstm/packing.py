@@ -1,8 +1,8 @@
 """Where the rows of a batch lie: row `t*B + b` of a dense one, row `offsets[t] + b` of a packed one.
 
-All of it follows from batch_sizes [T], the number of rows active at each step, which torch keeps on the CPU. On a GPU a
-pass brings them over once, and the rest is computed there, by ops that do not make the host wait. So packed batches
-too can be captured in a CUDA graph, which holds the batch sizes that it was captured with.
+All of it follows from batch_sizes [T], the number of rows active at each step, which torch keeps on the CPU. For a GPU
+they are brought over before anything is computed of them, and the rest is done there, by ops that do not make the host
+wait. So packed batches too can be captured in a CUDA graph, which holds the batch sizes that it was captured with.
 """
 
 from __future__ import annotations

@@ -97,6 +97,7 @@ class Features(Dataset):
 
 # fork in a process that has threads is what DataLoader does by default on Linux
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:This DataLoader will create .* worker:UserWarning")  # where there is one core
 @pytest.mark.parametrize("method", sorted({"fork", "spawn"} & set(multiprocessing.get_all_start_methods())))
 def test_workers_of_a_data_loader(method):
     data = Features(fastlstm.LSTM(I, H, backend="reference"))
