@@ -356,6 +356,20 @@ def test_the_maker_of_the_processor(text, target, monkeypatch):
     assert problem_module._cpu.__wrapped__().target == target
 
 
+def test_where_the_makers_name_stands(monkeypatch):
+    def no_proc(*_):
+        raise FileNotFoundError
+
+    monkeypatch.setattr(problem_module, "open", no_proc, raising=False)
+    monkeypatch.setattr("sys.platform", "darwin")
+    assert problem_module._cpu_names() == ""
+    monkeypatch.setattr("sys.platform", "win32")
+    monkeypatch.setenv("PROCESSOR_IDENTIFIER", "Intel64 Family 6 Model 85 Stepping 7, GenuineIntel")
+    assert "GenuineIntel" in problem_module._cpu_names()
+    monkeypatch.delenv("PROCESSOR_IDENTIFIER")
+    assert problem_module._cpu_names() == ""
+
+
 @pytest.mark.parametrize(
     ("training", "runs", "backend"), [(True, 14, "reference"), (True, 0, "reference"), (False, 14, "torch")]
 )
