@@ -182,7 +182,8 @@ def _infer(
     for d, place in enumerate(by_direction):
         source = row.new_zeros(edges[-1]).index_copy_(0, place, row)
         weights, has_biases = _direction(flat, d)
-        weights[:2] = _laid_out(weights[0], weights[1], H, has_biases)
+        if len(edges) > 2:
+            weights[:2] = _laid_out(weights[0], weights[1], H, has_biases)
         output_d = output[:, d * H : (d + 1) * H]
         h, c = h0[d].contiguous(), c0[d].float().contiguous()
         outputs, last_cells, gathered = [], [], x
@@ -312,7 +313,7 @@ def _direction(flat: Sequence[Tensor | None], d: int) -> tuple[list[Tensor], boo
 
 
 def _laid_out(w_ih: Tensor, w_hh: Tensor, H: int, has_biases: bool) -> list[Tensor]:
-    """Return a direction's weights as oneDNN reads them without a backward pass, or every call would do it."""
+    """Return a direction's weights as oneDNN reads them without a backward pass, or every chunk's call would do it."""
     lay_out: Any = torch.ops.mkldnn._reorder_mkldnn_rnn_layer_weight.default
     return lay_out(w_ih, w_hh, H, False, has_biases, False)
 

@@ -244,7 +244,23 @@ def test_inference_equals_training_and_has_no_graph(mode):
     torch.testing.assert_close((bare_output.data, *bare_states), (output.data, *states))
 
 
-def test_any_stride():
+@pytest.mark.parametrize(("name", "times"), [("one chunk", 0), ("a chunk a run", 2)])
+def test_weights_are_laid_out_once_a_direction_for_many_chunks(name, times, cut, monkeypatch):
+    cut(name)
+    stock, x, hx = make_packed(I=3, H=19, D=2)
+    calls = []
+    lay_out = cpu._laid_out
+    monkeypatch.setattr(cpu, "_laid_out", lambda *weights: (calls.append(weights), lay_out(*weights))[1])
+    layer = Chunked(stock)
+    layer(x, hx)
+    assert not calls  # training takes them as they are
+    with torch.no_grad():
+        layer(x, hx)
+    assert len(calls) == times
+
+
+def test_any_stride(cut):
+    cut("a chunk a run")
     stock, x, hx = make_packed(I=3, H=19, D=2)
     layer = Chunked(stock)
     expected = run_lstm(layer, x, hx)
