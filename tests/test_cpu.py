@@ -358,9 +358,17 @@ def test_auto_on_a_cpu(backend, changes, monkeypatch):
     ids=str,
 )
 def test_auto_on_intel(backend, changes, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     monkeypatch.setattr(dispatch, "_onednn_has", lambda dtype: dtype in (torch.float32, torch.bfloat16))
     problem = Problem(**{**vars(PACKED), **changes})
     assert decide(problem, Device("cpu", "intel")).backend == backend
+
+
+@pytest.mark.parametrize(("dtype", "backend"), [(torch.float32, "reference"), (torch.bfloat16, "onednn")])
+def test_auto_on_intel_with_amx(dtype, backend, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    monkeypatch.setattr(dispatch, "_onednn_has", lambda dtype: dtype in (torch.float32, torch.bfloat16))
+    assert decide(Problem(**{**vars(PACKED), "dtype": dtype}), Device("cpu", "intel")).backend == backend
 
 
 @pytest.mark.parametrize(
