@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 import fastlstm
 from fastlstm import autograd
+from fastlstm.dispatch import interpreting
 
 BACKENDS = ["reference", pytest.param("triton", marks=INTERPRETED)]
 NETWORKS: dict[str, dict[str, Any]] = {
@@ -43,11 +44,26 @@ LOW = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp
 @PACKED
 def test_the_same_bits(backend, dtype, network, packed):
     """Where GEMMs would make other gates, forward runs again."""
-    options = {**NETWORKS[network], "dtype": dtype, "backend": backend}
+    check_bits(backend, dtype, network, packed, torch.device("cpu"))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available() or interpreting(), reason="needs a GPU")
+@pytest.mark.parametrize(
+    ("dtype", "network"), [*((torch.float32, network) for network in NETWORKS), (torch.bfloat16, "projection")], ids=str
+)
+@PACKED
+def test_the_same_bits_on_a_gpu(dtype, network, packed):
+    check_bits("triton", dtype, network, packed, torch.device("cuda"))
+
+
+def check_bits(backend: str, dtype: torch.dtype, network: str, packed: bool, device: torch.device) -> None:
+    options: dict[str, Any] = {**NETWORKS[network], "dtype": dtype, "device": device, "backend": backend}
     saving, ours = fastlstm.LSTM(I, H, **options), fastlstm.LSTM(I, H, **options, recompute=True)
     ours.load_state_dict(saving.state_dict())
     layers = ours.num_layers * (2 if ours.bidirectional else 1)
-    _, x, hx = make_layer_inputs(I, H, ours.proj_size, layers, packed=packed, dtype=dtype)
+    inputs: Any = make_layer_inputs(I, H, ours.proj_size, layers, packed=packed, dtype=dtype)
+    x, hx = inputs[1].to(device), tuple(state.to(device) for state in inputs[2])
     results, expected = run_lstm(ours, x, hx), run_lstm(saving, x, hx)
     assert [name for name in expected if not torch.equal(results[name], expected[name])] == []
 
