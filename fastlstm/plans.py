@@ -183,6 +183,9 @@ def _persistent(problem: Problem, device: Device, backward: bool, BLOCK_B: int, 
     if itemsize == 4 and device.kind == "cuda" and not problem.tf32:
         return None  # no matrix unit of NVIDIA's multiplies float32, and W_hh spills as an operand of plain FMAs
     largest = _LARGEST_PERSISTENT.get(target, {}).get(itemsize, (0, 0))[BLOCK_B > 16]
+    ragged = H * itemsize % 16 > 0  # rows of gates are not aligned: more addresses of them in registers
+    if ragged and BLOCK_B > 16 and target == "sm_80":
+        largest = min(largest, 768)
     held = 2 * H if layers > 1 else H  # columns: in a stack W_ih stands beside W_hh
     shared = SHARED_MEMORY.get(target, 0) // 1024
     BLOCK_H = 8 if itemsize == 4 and device.kind == "cuda" and (shared < 128 or held > 512) and largest >= held else 16
@@ -190,8 +193,7 @@ def _persistent(problem: Problem, device: Device, backward: bool, BLOCK_B: int, 
     if not groups or not largest or H > _LARGEST_STREAMING or (layers > 1 and largest < held):
         return None
     if largest < H:
-        # wide tiles, and TF32 on a small chip, leave no registers for the addresses of rows that are not aligned
-        ragged = H * itemsize % 16 > 0
+        # wide tiles, and TF32 on a small chip, leave no registers for such addresses
         spills = (ragged and (BLOCK_B > 16 or (itemsize == 4 and shared < 128))) or (target, itemsize) == ("sm_120", 4)
         if spills or (shared, itemsize, BLOCK_B) not in _STREAMING:
             return None
