@@ -19,9 +19,6 @@ from benchmarks.peers import OURS, STOCK
 from benchmarks.results import RESIDENT
 from benchmarks.workloads import Shape, Workload
 from fastlstm import cpu, cutting, dispatch
-from fastlstm import problem as problem_module
-from fastlstm.dispatch import decide
-from fastlstm.problem import Device, Problem
 
 pytestmark = pytest.mark.skipif(not dispatch._onednn_has(torch.float32), reason="needs oneDNN")
 NEEDS_BFLOAT16 = pytest.mark.skipif(not dispatch._onednn_has(torch.bfloat16), reason="needs a CPU with bfloat16")
@@ -289,118 +286,6 @@ def test_cuts_cover_all_steps_and_bound_waste_and_size(lengths, rows_per_cut, mo
         places, alive = rows * (end - start), int(batch_sizes[start:end].sum())
         assert places - alive <= rows_per_cut
         assert end - start == 1 or places <= sum(lengths) * 6 / 20
-
-
-PACKED = Problem(T=100, B=16, I=64, H=128, runs=14, training=True)
-
-
-@pytest.mark.parametrize(
-    ("backend", "changes"),
-    [
-        ("onednn", {}),
-        ("onednn", {"training": False}),
-        ("onednn", {"dtype": torch.bfloat16}),
-        ("onednn", {"P": 64}),
-        ("onednn", {"P": 64, "runs": 0}),
-        ("torch", {"runs": 0}),
-        ("torch", {"runs": 1}),
-        ("torch", {"B": 0}),
-        ("torch", {"T": 11}),
-        ("onednn", {"T": 12}),
-        ("reference", {"T": 17, "P": 64}),
-        ("onednn", {"T": 18, "P": 64}),
-        ("torch", {"T": 23, "training": False}),
-        ("onednn", {"T": 24, "training": False}),
-        ("torch", {"T": 15, "dtype": torch.bfloat16, "training": False}),
-        ("onednn", {"T": 16, "dtype": torch.bfloat16, "training": False}),
-        ("torch", {"P": 16, "dtype": torch.bfloat16}),
-        ("reference", {"T": 71, "I": 192, "H": 192}),
-        ("onednn", {"T": 71, "I": 192, "H": 192, "training": False}),
-        ("reference", {"T": 71, "I": 192, "H": 192, "dtype": torch.bfloat16}),
-        ("reference", {"P": 16}),
-        ("torch", {"P": 16, "training": False}),
-        ("reference", {"I": 4096}),
-        ("reference", {"I": 1024, "dtype": torch.bfloat16}),
-        ("reference", {"I": 1024, "H": 1024}),
-        ("reference", {"dtype": torch.float64}),
-        ("reference", {"dtype": torch.float64, "runs": 0}),
-        ("torch", {"dtype": torch.float64, "T": 5}),
-        ("torch", {"dtype": torch.float64, "training": False}),
-        ("reference", {"dtype": torch.float16, "training": False}),
-        ("torch", {"dtype": torch.float16, "training": False, "B": 1}),
-        ("reference", {"dtype": torch.complex64}),
-    ],
-    ids=str,
-)
-def test_auto_on_a_cpu(backend, changes, monkeypatch):
-    monkeypatch.setattr(dispatch, "_onednn_has", lambda dtype: dtype in (torch.float32, torch.bfloat16))
-    problem = Problem(**{**vars(PACKED), **changes})
-    assert decide(problem, Device("cpu", "cpu")).backend == backend
-
-
-@pytest.mark.parametrize(
-    ("backend", "changes"),
-    [
-        ("reference", {}),
-        ("onednn", {"training": False}),
-        ("torch", {"training": False, "T": 47}),
-        ("onednn", {"training": False, "T": 48}),
-        ("onednn", {"training": False, "T": 16, "dtype": torch.bfloat16}),
-        ("reference", {"dtype": torch.bfloat16}),
-        ("reference", {"P": 16, "dtype": torch.bfloat16}),
-        ("reference", {"T": 8}),
-        ("torch", {"T": 7}),
-        ("onednn", {"B": 5}),
-        ("onednn", {"B": 5, "T": 12}),
-        ("reference", {"B": 5, "T": 11}),
-        ("torch", {"runs": 0}),
-    ],
-    ids=str,
-)
-def test_auto_on_intel(backend, changes, monkeypatch):
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    monkeypatch.setattr(dispatch, "_onednn_has", lambda dtype: dtype in (torch.float32, torch.bfloat16))
-    problem = Problem(**{**vars(PACKED), **changes})
-    assert decide(problem, Device("cpu", "intel")).backend == backend
-
-
-@pytest.mark.parametrize(("dtype", "backend"), [(torch.float32, "reference"), (torch.bfloat16, "onednn")])
-def test_auto_on_intel_with_amx(dtype, backend, monkeypatch):
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
-    monkeypatch.setattr(dispatch, "_onednn_has", lambda dtype: dtype in (torch.float32, torch.bfloat16))
-    assert decide(Problem(**{**vars(PACKED), "dtype": dtype}), Device("cpu", "intel")).backend == backend
-
-
-@pytest.mark.parametrize(
-    ("text", "target"), [("vendor_id\t: GenuineIntel\n", "intel"), ("vendor_id\t: AuthenticAMD\n", "cpu"), ("", "cpu")]
-)
-def test_the_maker_of_the_processor(text, target, monkeypatch):
-    monkeypatch.setattr(problem_module, "_cpu_names", lambda: text)
-    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
-    assert problem_module._cpu.__wrapped__().target == target
-
-
-def test_where_the_makers_name_stands(monkeypatch):
-    def no_proc(*_):
-        raise FileNotFoundError
-
-    monkeypatch.setattr(problem_module, "open", no_proc, raising=False)
-    monkeypatch.setattr("sys.platform", "darwin")
-    assert problem_module._cpu_names() == ""
-    monkeypatch.setattr("sys.platform", "win32")
-    monkeypatch.setenv("PROCESSOR_IDENTIFIER", "Intel64 Family 6 Model 85 Stepping 7, GenuineIntel")
-    assert "GenuineIntel" in problem_module._cpu_names()
-    monkeypatch.delenv("PROCESSOR_IDENTIFIER")
-    assert problem_module._cpu_names() == ""
-
-
-@pytest.mark.parametrize(
-    ("training", "runs", "backend"), [(True, 14, "reference"), (True, 0, "reference"), (False, 14, "torch")]
-)
-def test_auto_without_onednn(training, runs, backend, monkeypatch):
-    monkeypatch.setattr(torch._C, "_get_mkldnn_enabled", lambda: False)
-    problem = Problem(**{**vars(PACKED), "training": training, "runs": runs})
-    assert decide(problem, Device("cpu", "cpu")).backend == backend
 
 
 @pytest.mark.skipif(way(torch.device("cpu")) != RESIDENT, reason="needs Linux's /proc and glibc")
