@@ -216,9 +216,8 @@ def _onednn_has(dtype: torch.dtype) -> bool:
 def _obstacle_to_chunks(p: Problem, intel: bool) -> str:
     """Return why `cpu.py` would lose against a loop over the steps, or ''."""
     bf16 = p.dtype == torch.bfloat16
-    by_mkl = intel and not (
-        bf16 and torch.cpu._is_amx_tile_supported()
-    )  # AMX multiplies bfloat16, and for oneDNN alone
+    # AMX multiplies bfloat16, and for oneDNN alone
+    by_mkl = intel and not (bf16 and torch.cpu._is_amx_tile_supported())
     if by_mkl and p.training and p.B * p.H * (p.I + p.H) > 1 << 17:
         return "MKL's products of a step are as fast as oneDNN's layer"
     # stock's steps without a graph are the cheapest, in float32 above all; a projection adds products of its own
