@@ -17,8 +17,9 @@ their lengths, so the same cuts serve, filled from other rows of the data.
 
 A projection, which oneDNN has no kernel for either, leaves the recurrence: see `_project`.
 
-This is the wrong tool for dense input without projection (stock makes the very same call, once), for float64 and
-float16, which oneDNN does not train, and for training where MKL's product of a single step is as fast (`dispatch.py`).
+This is the wrong tool for dense input without projection (stock makes the very same call, once; but see `_columns`),
+for float64 and float16, which oneDNN does not train, and for training where MKL's product of a single step is as fast
+(`dispatch.py`).
 """
 
 from __future__ import annotations
@@ -174,7 +175,7 @@ def _infer(
     edges, by_direction = cutting.lay_places(sizes, batch_sizes, cuts, D)
     row = torch.arange(N, device="cpu")
     is_dead = torch.ones(edges[-1], dtype=torch.bool, device="cpu").index_fill_(0, by_direction[0], False)
-    most = H * N // (I + 1)  # places gathered at once: a quarter of what stock's gates take
+    most = max(H * N // 8, 1 << 17) // I  # places gathered at once: a small part of the output's size
 
     output = x.new_empty(N, D * H)
     h_n = torch.empty_like(h0, memory_format=torch.contiguous_format)
@@ -192,7 +193,7 @@ def _infer(
             if edges[k] == until:
                 origin, until = until, edges[max(k + 1, bisect.bisect_right(edges, until + most) - 1)]
                 gathered = _gather_input(x, source[origin:until], is_dead[origin:until].nonzero().squeeze(1))
-            x_chunk = gathered[edges[k] - origin : edges[k + 1] - origin].view(end - start, rows, I + 1)
+            x_chunk = gathered[edges[k] - origin : edges[k + 1] - origin].view(end - start, rows, -1)
             y, h, c, _ = _run(x_chunk, weights, h[:rows], c[:rows], has_biases, False)
             last_cells.append(c[after:])
             if d:
@@ -305,7 +306,7 @@ def _direction(flat: Sequence[Tensor | None], d: int) -> tuple[list[Tensor], boo
     assert w_ih is not None
     assert w_hh is not None
     column = w_ih.new_tensor(_SATURATED).repeat_interleave(w_hh.shape[1]).unsqueeze(1)
-    w_ih = torch.cat((w_ih.detach(), column), 1)
+    w_ih = torch.cat((w_ih.detach(), column.expand(-1, _columns(w_ih) - w_ih.shape[1])), 1)
     none = w_ih.new_empty(0)
     biases = [none if b is None else b.detach() for b in (b_ih, b_hh)]
     # the op would make it contiguous in each call, what lays it out beforehand would not
@@ -324,20 +325,29 @@ def _gather(rows: Tensor, chunk: cutting.Chunk) -> Tensor:
 
 
 def _input(x: Tensor, chunk: cutting.Chunk) -> Tensor:
-    """Return a chunk's input [steps, rows, I + 1]."""
+    """Return a chunk's input [steps, rows, _columns(x)]."""
     return _gather_input(x, chunk.source, chunk.dead).view(chunk.steps, chunk.rows, -1)
 
 
 def _gather_input(x: Tensor, source: Tensor, dead: Tensor) -> Tensor:
-    """Return the rows `source` of x [N, I] as input [places, I + 1], the column that tells dead places last."""
+    """Return the rows `source` of x [N, I] as input [places, _columns(x)], what tells dead places last."""
     I = x.shape[1]  # noqa: E741
-    gathered = x.new_empty(len(source), I + 1)
+    gathered = x.new_empty(len(source), _columns(x))
     torch.index_select(x.detach(), 0, source, out=gathered[:, :I])
-    gathered[:, I] = 0
+    gathered[:, I:] = 0
     if len(dead):
         gathered.index_fill_(0, dead, 0)
-        gathered[:, I].index_fill_(0, dead, 1)
+        gathered[:, I:].index_fill_(0, dead, 1)
     return gathered
+
+
+def _columns(rows: Tensor) -> int:
+    """Return how many columns the input [N, I] has with those that tell dead places: one more, or two to be even.
+
+    oneDNN multiplies bfloat16 by pairs; where one is left over it does without AMX and takes up to five times as long.
+    """
+    I = rows.shape[1]  # noqa: E741
+    return I + 2 - I % 2 if rows.dtype == torch.bfloat16 else I + 1
 
 
 def _scatter(places: Tensor, chunk: cutting.Chunk, rows: Tensor, add: bool = False) -> None:

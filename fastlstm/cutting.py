@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastlstm import packing
+from fastlstm.problem import device_of
 
 # what cutting costs in training, as rows that could be computed meanwhile: the weights' new layout and a fixed time;
 # and without a backward pass, where there is only the latter; measured
@@ -84,7 +85,10 @@ def choose_cuts(sizes: list[int], I: int, H: int, dtype: torch.dtype, training: 
     """Return (first step, rows active there) of each chunk, and (T, 0) as the last item."""
     most, _ = _memory(sum(sizes), I, H, dtype)
     flops = 8 * H * (I + H)  # of a row
-    return _cut(sizes, most, _ROWS_PER_CUT + _FLOPS_PER_CUT / flops if training else _FLOPS_PER_CUT_FORWARD / flops)
+    rows = _ROWS_PER_CUT + _FLOPS_PER_CUT / flops if training else _FLOPS_PER_CUT_FORWARD / flops
+    if dtype == torch.bfloat16 and device_of(torch.device("cpu")).target == "amx":
+        rows *= 8  # that many are computed in the time of one
+    return _cut(sizes, most, rows)
 
 
 def lay_places(

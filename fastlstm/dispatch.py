@@ -100,7 +100,7 @@ input_size=3, hidden_size=4, num_layers=1, directions=1.
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
 
     if backend == "auto" and device.kind == "cpu":
-        backend, regime, reason = _decide_cpu(problem, intel=device.target == "intel")
+        backend, regime, reason = _decide_cpu(problem, device.target)
         return Decision(backend, regime, reason, problem, device)
     if backend == "auto" and all(ms == math.inf for _, ms in times):
         backend, regime, reason = _decide_gpu(problem, device)
@@ -179,12 +179,14 @@ def _decide_gpu(problem: Problem, device: Device) -> tuple[str, str, str]:
     return "torch", "stock", "Stock's own op runs, since W_hh does not fit one program, and a launch a step loses."
 
 
-def _decide_cpu(problem: Problem, intel: bool) -> tuple[str, str, str]:
+def _decide_cpu(problem: Problem, target: str) -> tuple[str, str, str]:
     """Return (backend, regime, reason) for "auto" on CPU tensors; where the bounds lie was measured.
 
-    A loop over the steps is MKL's products, stock's as ours, and on an `intel` processor they are its best.
+    A loop over the steps is MKL's products, stock's as ours, and on an Intel processor they are its best.
     """
     p = problem
+    intel = target != "cpu"
+    amx = target == "amx" and p.dtype == torch.bfloat16
     if p.B == 0:
         return "torch", "stock", "The batch has no rows."
     if _onednn_has(p.dtype):
@@ -192,14 +194,20 @@ def _decide_cpu(problem: Problem, intel: bool) -> tuple[str, str, str]:
         if p.runs <= 1 and not p.P:
             if p.T == 1 and p.B <= 8 and not p.training:
                 return "torch", "step", "For one step oneDNN's layout of the weights costs more than torch's cell."
+            wide_odd = p.I % 2 and not p.H % 2 and p.T >= 48 and p.B * p.H**2 * (p.I + 32) > 1 << 24
+            if amx and wide_odd and not p.training:
+                return "onednn", "chunks", "oneDNN multiplies an odd number of inputs without AMX; chunks make it even."
             return "torch", "stock", "Stock's own op runs a dense batch in one oneDNN call a layer."
-        if not (obstacle := _obstacle_to_chunks(p, intel)):
+        if not (obstacle := _obstacle_to_chunks(p, intel, amx)):
             return "onednn", "chunks", "Stock would go step by step; chunks of steps run as dense oneDNN layers."
     else:
         obstacle = "oneDNN has no kernel for this dtype here"
     # over few steps what a call costs outweighs stock's graph; stock's float16 is slow with or without one
-    saves_graph = p.training and (8 if intel else 16) <= p.T
-    if p.dtype == torch.bfloat16 and p.P and not intel:  # the loop's products are in float32
+    fewest = 8 if intel else 16
+    if amx and p.B * p.H * (p.I + p.H) > 1 << 23:  # the loop's products are in float32
+        fewest = 64 if p.P else 16
+    saves_graph = p.training and fewest <= p.T
+    if p.dtype == torch.bfloat16 and p.P and not intel:
         saves_graph = False
     if saves_graph or (p.dtype == torch.float16 and p.B >= 8):
         return "reference", "loop", f"Since {obstacle}, plain torch runs the steps, its backward written by hand."
@@ -213,22 +221,31 @@ def _onednn_has(dtype: torch.dtype) -> bool:
     return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def _obstacle_to_chunks(p: Problem, intel: bool) -> str:
+def _obstacle_to_chunks(p: Problem, intel: bool, amx: bool) -> str:
     """Return why `cpu.py` would lose against a loop over the steps, or ''."""
     bf16 = p.dtype == torch.bfloat16
     # AMX multiplies bfloat16, and for oneDNN alone
-    by_mkl = intel and not (bf16 and torch.cpu._is_amx_tile_supported())
-    if by_mkl and p.training and p.B * p.H * (p.I + p.H) > 1 << 17:
+    if intel and not amx and p.training and p.B * p.H * (p.I + p.H) > 1 << 17:
         return "MKL's products of a step are as fast as oneDNN's layer"
+    weight = p.H * (p.I + p.H)
     # stock's steps without a graph are the cheapest, in float32 above all; a projection adds products of its own
-    shortest = 12 if p.training else 16 if bf16 else 48 if intel else 24
+    if p.training:
+        shortest = 12
+    elif bf16:
+        shortest = 24 if p.B * p.H < 128 else 16
+        if amx:  # where stock multiplies all inputs at once
+            shortest = max(shortest, 15 + (p.B * p.I >> 10) + (weight >> 16))
+    else:
+        shortest = 48 if intel else 24
     if (1.5 * shortest if p.P else shortest) > p.T:
         return "a sequence is too short to pay for the call"
     if p.H > 4 * p.P > 0:
         return "the state without its projection is more than four times as wide"
-    if p.I > 16 * p.H or (bf16 and p.I + p.H >= 1024):
+    widest, largest, fewest = 16, 1 << 16, 5 if bf16 else 4 if p.training else 2
+    if amx:  # what it computes costs little, so its copies and gradients of the weights cost the more
+        widest, largest, fewest = (4, 1 << 14, 8) if p.training else (16, 1 << 14, 0)
+    if widest * p.H < p.I or (bf16 and p.I + p.H >= 1024):
         return "oneDNN is slow where the input is this wide"
-    fewest = 5 if bf16 else 4 if p.training else 2
-    if p.H * (p.I + p.H) > 1 << 16 and fewest * (p.I + p.H) > p.T * p.B:
+    if weight > largest and fewest * (p.I + p.H) > p.T * p.B:
         return "oneDNN's copies of the weights would cost more than the steps"
     return ""

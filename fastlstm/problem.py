@@ -56,8 +56,8 @@ class Device:
 
     Attributes:
         kind: "cpu", "cuda", "hip", or torch's own name of any other device type ("mps", "meta", ...).
-        target: the compile target: "sm_90", "gfx942", ...; of a CPU "intel", where MKL is at its best, or "cpu"; else
-            the kind.
+        target: the compile target: "sm_90", "gfx942", ...; of a CPU "intel", where MKL is at its best, "amx" where its
+            processor multiplies bfloat16 in tiles, or "cpu"; else the kind.
         name: as the vendor names it.
         processors: multiprocessors (of a MIG or MPS share: those it was given), 0 where that does not matter.
     """
@@ -119,8 +119,9 @@ _limited: set[Device] = set()
 
 @functools.cache
 def _cpu() -> Device:
-    intel = torch.backends.mkl.is_available() and "GenuineIntel" in _cpu_names()
-    return Device("cpu", "intel" if intel else "cpu", "CPU")
+    if not torch.backends.mkl.is_available() or "GenuineIntel" not in _cpu_names():
+        return Device("cpu", "cpu", "CPU")
+    return Device("cpu", "amx" if torch.cpu._is_amx_tile_supported() else "intel", "CPU")
 
 
 def _cpu_names() -> str:

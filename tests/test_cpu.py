@@ -12,13 +12,15 @@ import torch
 from helpers import Layer, assert_close, make_layer_inputs, run_lstm
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastlstm
 from benchmarks.memory import Meter, way
 from benchmarks.peers import OURS, STOCK
 from benchmarks.results import RESIDENT
 from benchmarks.workloads import Shape, Workload
-from fastlstm import cpu, cutting, dispatch
+from fastlstm import cpu, cutting, dispatch, functional
+from fastlstm.problem import Device, device_of
 
 pytestmark = pytest.mark.skipif(not dispatch._onednn_has(torch.float32), reason="needs oneDNN")
 NEEDS_BFLOAT16 = pytest.mark.skipif(not dispatch._onednn_has(torch.bfloat16), reason="needs a CPU with bfloat16")
@@ -106,6 +108,53 @@ def test_projection_from_zero_states_has_no_columns_for_them(monkeypatch):
             (got, got_states), (expected, expected_states) = Chunked(stock)(x, states), stock(x, states)
             torch.testing.assert_close((got.data, *got_states), (expected.data, *expected_states))
     assert widths == [5, 5 + 2 * 5]
+
+
+class Widths(TorchDispatchMode):
+    """Notes how many inputs oneDNN's layers are given."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if "mkldnn_rnn_layer" in func.name():
+            self.seen.add(args[0].shape[-1])
+        return func(*args, **(kwargs or {}))
+
+
+@NEEDS_BFLOAT16
+@pytest.mark.parametrize("I", [4, 5])
+def test_onednn_is_given_pairs_of_bfloat16(I, cut):  # noqa: E741
+    cut("a chunk a run")
+    stock, x, hx = make_layer_inputs(I=I, H=8, lengths=LENGTHS, packed=True, dtype=torch.bfloat16)
+    with Widths() as widths:
+        run_lstm(Chunked(stock), x, hx)
+        with torch.no_grad():
+            Chunked(stock)(x, hx)
+    assert widths.seen == {6}
+
+
+@NEEDS_BFLOAT16
+@pytest.mark.parametrize(
+    "options", [{}, {"batch_first": True, "bias": False}, {"num_layers": 2, "bidirectional": True}], ids=str
+)
+def test_an_odd_number_of_inputs_on_amx(options, monkeypatch):
+    monkeypatch.setattr(functional, "device_of", lambda _: Device("cpu", "amx", "CPU"))
+    torch.manual_seed(5)
+    stock = nn.LSTM(65, 48, **options, dtype=torch.bfloat16)
+    ours = fastlstm.LSTM(65, 48, **options, dtype=torch.bfloat16)
+    ours.load_state_dict(stock.state_dict())
+    x = torch.randn((80, 72, 65) if stock.batch_first else (72, 80, 65), dtype=torch.bfloat16)
+
+    def results(network: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        output, (h_n, c_n) = network(x)
+        return {"output": output, "h_n": h_n, "c_n": c_n}
+
+    with torch.no_grad():
+        assert fastlstm.explain(ours, x).regime == "chunks"
+        truth = results(copy.deepcopy(stock).double(), x.double())
+        assert_close(results(ours, x), truth, results(stock, x), dtype=torch.bfloat16)
 
 
 @NEEDS_BFLOAT16
@@ -302,6 +351,18 @@ def test_peak_memory_is_bounded_by_stocks(dtype):
             assert stock
             assert ours
             assert ours <= bounds[dtype, training] * stock, f"{workload.name} {sizes}: {ours}, stock {stock}"
+
+
+@pytest.mark.skipif(way(torch.device("cpu")) != RESIDENT, reason="needs Linux's /proc and glibc")
+@pytest.mark.skipif(device_of(torch.device("cpu")).target != "amx", reason="needs a CPU with AMX")
+def test_peak_memory_with_an_odd_number_of_inputs_is_bounded_by_stocks():
+    with Meter(torch.device("cpu")) as peak:
+        for sizes in ((128, 64, 129, 64), (128, 64, 513, 128)):
+            workload = Workload(Shape("s", *sizes), "bf16", False)
+            stock, ours = peak(workload, STOCK), peak(workload, OURS)
+            assert stock
+            assert ours
+            assert ours <= stock, f"{sizes}: {ours}, stock {stock}"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -77,24 +77,55 @@ def test_auto_on_a_cpu(backend, changes, monkeypatch):
     ids=str,
 )
 def test_auto_on_intel(backend, changes, monkeypatch):
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     monkeypatch.setattr(dispatch, "_onednn_has", lambda dtype: dtype in (torch.float32, torch.bfloat16))
     problem = Problem(**{**vars(PACKED), **changes})
     assert decide(problem, Device("cpu", "intel")).backend == backend
 
 
-@pytest.mark.parametrize(("dtype", "backend"), [(torch.float32, "reference"), (torch.bfloat16, "onednn")])
-def test_auto_on_intel_with_amx(dtype, backend, monkeypatch):
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
-    monkeypatch.setattr(dispatch, "_onednn_has", lambda dtype: dtype in (torch.float32, torch.bfloat16))
-    assert decide(Problem(**{**vars(PACKED), "dtype": dtype}), Device("cpu", "intel")).backend == backend
+BF16 = {"dtype": torch.bfloat16}
+ODD = {**BF16, "runs": 0, "I": 39, "training": False}
 
 
 @pytest.mark.parametrize(
+    ("backend", "changes"),
+    [
+        ("reference", {}),
+        ("onednn", BF16),
+        ("reference", {**BF16, "B": 15}),
+        ("onednn", {**BF16, "B": 1, "I": 32, "H": 32}),
+        ("reference", {**BF16, "I": 640, "B": 256}),
+        ("reference", {**BF16, "T": 11}),
+        ("torch", {**BF16, "T": 15, "B": 64, "I": 512, "H": 512}),
+        ("reference", {**BF16, "T": 16, "B": 64, "I": 512, "H": 512}),
+        ("torch", {**BF16, "T": 63, "B": 64, "I": 512, "H": 512, "P": 256}),
+        ("reference", {**BF16, "T": 64, "B": 64, "I": 512, "H": 512, "P": 256}),
+        ("onednn", {**BF16, "training": False, "B": 2, "T": 16}),
+        ("torch", {**BF16, "training": False, "B": 2, "T": 23, "H": 32}),
+        ("torch", {**BF16, "training": False, "I": 512, "T": 23}),
+        ("onednn", {**BF16, "training": False, "I": 512, "T": 24}),
+        ("onednn", ODD),
+        ("torch", {**ODD, "training": True}),
+        ("torch", {**ODD, "I": 40}),
+        ("torch", {**ODD, "H": 127}),
+        ("torch", {**ODD, "T": 47}),
+        ("torch", {**ODD, "B": 4}),
+        ("torch", {**ODD, "dtype": torch.float32}),
+    ],
+    ids=str,
+)
+def test_auto_with_amx(backend, changes, monkeypatch):
+    monkeypatch.setattr(dispatch, "_onednn_has", lambda dtype: dtype in (torch.float32, torch.bfloat16))
+    assert decide(Problem(**{**vars(PACKED), **changes}), Device("cpu", "amx")).backend == backend
+
+
+@pytest.mark.parametrize("amx", [False, True])
+@pytest.mark.parametrize(
     ("text", "target"), [("vendor_id\t: GenuineIntel\n", "intel"), ("vendor_id\t: AuthenticAMD\n", "cpu"), ("", "cpu")]
 )
-def test_the_maker_of_the_processor(text, target, monkeypatch):
+def test_the_maker_of_the_processor(text, target, amx, monkeypatch):
+    target = "amx" if amx and target == "intel" else target
     monkeypatch.setattr(problem_module, "_cpu_names", lambda: text)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
     assert problem_module._cpu.__wrapped__().target == target
 
