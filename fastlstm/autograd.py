@@ -65,9 +65,13 @@ def lstm_layer(
         # an exported program is for inference first: trained after all, backward makes again what was not saved
         save = torch.is_grad_enabled() and not torch.compiler.is_exporting()
         save = save and any(t.requires_grad for t in (x, h0, c0, *present))
+        recompute = recompute and save
         if recompute and not _gemms_suffice(backend, x.device, x.dtype, flat[4] is not None):
             save = False
-        output, h_n, c_n, _, _ = lstm_forward(x, h0, c0, present, batch_sizes, save, recompute, backend, stack)
+        run = lstm_forward
+        if backend == "reference" and not (save or recompute or torch.compiler.is_compiling()):
+            run = _below_autograd  # an op costs as much as a dozen steps
+        output, h_n, c_n, _, _ = run(x, h0, c0, present, batch_sizes, save, recompute, backend, stack)
     return output[..., -h0.shape[2] :].contiguous() if stack else output, h_n, c_n
 
 
@@ -191,8 +195,7 @@ def _(data, rows, B, H):
     return data.new_empty(rows, B, H)
 
 
-@torch.library.custom_op("fastlstm::lstm_forward", mutates_args=())
-def lstm_forward(
+def _forward(
     x: Tensor,
     h0: Tensor,
     c0: Tensor,
@@ -218,11 +221,24 @@ def lstm_forward(
     else:
         w_ih, bias, w_hh, w_hr = by_kind(flat)
         run = _recurrence("lstm_forward", backend, c0)
-        results = run(F.linear(_rows(x), w_ih, bias), h0, c0, w_hh, w_hr, batch_sizes, save)
+        if run is reference.lstm_forward and not (save or recompute) and reference.one_product_pays(x, h0, c0):
+            results = reference.lstm_infer(_rows(x), h0, c0, w_ih, bias, w_hh, w_hr, batch_sizes)
+            results = (*results, x.new_empty(0), x.new_empty(0))
+        else:
+            results = run(F.linear(_rows(x), w_ih, bias), h0, c0, w_hh, w_hr, batch_sizes, save)
     output, h_n, c_n, gates, cells = results
     # what it is of goes out of scope here, so it need not be known as a view
     output = torch.ops.aten._unsafe_view(output, (*x.shape[:-1], output.shape[1]))
     return output, h_n, c_n, gates.new_empty(0) if recompute else gates, cells
+
+
+lstm_forward = torch.library.custom_op("fastlstm::lstm_forward", _forward, mutates_args=())
+
+
+def _below_autograd(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Run what `lstm_forward` does where no gradient is asked for, without an op around it."""
+    with torch._C._AutoDispatchBelowAutograd():
+        return _forward(*arguments)
 
 
 @lstm_forward.register_fake

@@ -94,12 +94,11 @@ def check_states(network: Network, hx: States, B: int, data: Tensor) -> None:
 
 def check_rows(batch_sizes: Tensor, N: int, B: int) -> None:
     """Raise for batch_sizes that point outside the N rows or the B states of a packed batch."""
-    if batch_sizes.sum() != N or (batch_sizes.diff() > 0).any():  # no pack function makes these
-        raise RuntimeError(
-            f"batch_sizes of a packed batch must fall and sum to its {N} rows, got {batch_sizes.tolist()}"
-        )
-    if batch_sizes[0] != B:
-        raise RuntimeError(f"Expected hidden[0] and hidden[1] with a batch of {batch_sizes[0]}, got {B}")
+    sizes = batch_sizes.tolist()
+    if sum(sizes) != N or sizes != sorted(sizes, reverse=True):  # no pack function makes these
+        raise RuntimeError(f"batch_sizes of a packed batch must fall and sum to its {N} rows, got {sizes}")
+    if sizes[0] != B:
+        raise RuntimeError(f"Expected hidden[0] and hidden[1] with a batch of {sizes[0]}, got {B}")
 
 
 def check_alike(data: Tensor, states: Sequence[Tensor], weights: list[Tensor]) -> None:

@@ -180,12 +180,8 @@ def _decide_gpu(problem: Problem, device: Device) -> tuple[str, str, str]:
 
 
 def _decide_cpu(problem: Problem, target: str) -> tuple[str, str, str]:
-    """Return (backend, regime, reason) for "auto" on CPU tensors; where the bounds lie was measured.
-
-    A loop over the steps is MKL's products, stock's as ours, and on an Intel processor they are its best.
-    """
+    """Return (backend, regime, reason) for "auto" on CPU tensors; where the bounds lie was measured."""
     p = problem
-    intel = target != "cpu"
     amx = target == "amx" and p.dtype == torch.bfloat16
     if p.B == 0:
         return "torch", "stock", "The batch has no rows."
@@ -198,19 +194,13 @@ def _decide_cpu(problem: Problem, target: str) -> tuple[str, str, str]:
             if amx and wide_odd and not p.training:
                 return "onednn", "chunks", "oneDNN multiplies an odd number of inputs without AMX; chunks make it even."
             return "torch", "stock", "Stock's own op runs a dense batch in one oneDNN call a layer."
-        if not (obstacle := _obstacle_to_chunks(p, intel, amx)):
+        if not (obstacle := _obstacle_to_chunks(p, target != "cpu", amx)):
             return "onednn", "chunks", "Stock would go step by step; chunks of steps run as dense oneDNN layers."
     else:
         obstacle = "oneDNN has no kernel for this dtype here"
-    # over few steps what a call costs outweighs stock's graph; stock's float16 is slow with or without one
-    fewest = 8 if intel else 16
-    if amx and p.B * p.H * (p.I + p.H) > 1 << 23:  # the loop's products are in float32
-        fewest = 64 if p.P else 16
-    saves_graph = p.training and fewest <= p.T
-    if p.dtype == torch.bfloat16 and p.P and not intel:
-        saves_graph = False
-    if saves_graph or (p.dtype == torch.float16 and p.B >= 8):
-        return "reference", "loop", f"Since {obstacle}, plain torch runs the steps, its backward written by hand."
+    if _loop_pays(p, target != "cpu", amx):
+        how = "its backward written by hand" if p.training else "all gates of each by one product"
+        return "reference", "loop", f"Since {obstacle}, plain torch runs the steps, {how}."
     return "torch", "stock", f"Since {obstacle}, stock's own loop over the steps is as fast as any."
 
 
@@ -222,21 +212,25 @@ def _onednn_has(dtype: torch.dtype) -> bool:
 
 
 def _obstacle_to_chunks(p: Problem, intel: bool, amx: bool) -> str:
-    """Return why `cpu.py` would lose against a loop over the steps, or ''."""
+    """Return why `cpu.py` would lose against a loop over the steps, or ''.
+
+    A loop is MKL's products, stock's as ours, and on an `intel` processor they are its best. With `amx` bfloat16 is
+    multiplied in tiles, which oneDNN alone does.
+    """
     bf16 = p.dtype == torch.bfloat16
-    # AMX multiplies bfloat16, and for oneDNN alone
-    if intel and not amx and p.training and p.B * p.H * (p.I + p.H) > 1 << 17:
-        return "MKL's products of a step are as fast as oneDNN's layer"
     weight = p.H * (p.I + p.H)
-    # stock's steps without a graph are the cheapest, in float32 above all; a projection adds products of its own
+    if intel and not amx and p.B * weight > _fewest_products(p):
+        return "MKL's products of a step are as fast as oneDNN's layer"
+    # stock's steps without a graph are the cheapest, in float32 above all, and where it multiplies many inputs at once;
+    # a projection adds products of its own
     if p.training:
         shortest = 12
     elif bf16:
         shortest = 24 if p.B * p.H < 128 else 16
-        if amx:  # where stock multiplies all inputs at once
+        if amx:
             shortest = max(shortest, 15 + (p.B * p.I >> 10) + (weight >> 16))
     else:
-        shortest = 48 if intel else 24
+        shortest = max(48, p.B * p.I >> 4) if intel else 24
     if (1.5 * shortest if p.P else shortest) > p.T:
         return "a sequence is too short to pay for the call"
     if p.H > 4 * p.P > 0:
@@ -249,3 +243,26 @@ def _obstacle_to_chunks(p: Problem, intel: bool, amx: bool) -> str:
     if weight > largest and fewest * (p.I + p.H) > p.T * p.B:
         return "oneDNN's copies of the weights would cost more than the steps"
     return ""
+
+
+def _fewest_products(p: Problem) -> int:
+    """Return how many products a step must have for MKL to be as fast as oneDNN's layer on an Intel processor."""
+    return 1 << 17 if p.training or p.P or p.dtype == torch.bfloat16 else 1 << 19
+
+
+def _loop_pays(p: Problem, intel: bool, amx: bool) -> bool:
+    """Whether the reference's loop over the steps beats stock's, where oneDNN's layer is no choice."""
+    products = p.B * p.H * (p.I + p.H)
+    if p.dtype == torch.float16 and p.B >= 8:  # stock's is slow with or without a graph
+        return True
+    if p.training:  # the loop saves stock's graph, but over few steps what a call costs outweighs that
+        shortest = 8 if intel else 16
+        if amx and products > 1 << 23:  # the loop's are in float32
+            shortest = 64 if p.P else 16
+        return shortest <= p.T and (intel or not p.P or p.dtype != torch.bfloat16)
+    if not intel or amx:
+        return False
+    if p.dtype == torch.bfloat16:  # stock's products are slower than MKL's of float32
+        return p.T >= 16
+    shortest = 24 if p.P else 32
+    return p.dtype == torch.float32 and shortest <= p.T and p.I <= 2 * p.H and products > _fewest_products(p)

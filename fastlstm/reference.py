@@ -112,6 +112,82 @@ def lstm_forward(
     return output, h_n.to(h0.dtype), c_n.to(h0.dtype), gates_x if save else gates_x.new_empty(0), cells
 
 
+def one_product_pays(x: Tensor, h0: Tensor, c0: Tensor) -> bool:
+    """Whether `lstm_infer` is faster than the input GEMM and `lstm_forward`: the weights must stay in a CPU's cache."""
+    (_, B, P), H, I = h0.shape, c0.shape[2], x.shape[-1]  # noqa: E741
+    return B >= 4 and I <= 4 * P and 4 * H * (I + 1 + P) * accumulation_dtype(x.dtype).itemsize <= 1 << 21
+
+
+def lstm_infer(
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor,
+    w_ih: Tensor,
+    bias: Tensor | None,
+    w_hh: Tensor,
+    w_hr: Tensor | None,
+    batch_sizes: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run a layer for no backward pass, one product a step: [x_t, 1, h_{t-1}] [W_ih, b, W_hh]^T.
+
+    Nothing has the size of all gates, and states stay where they are: a row that has ended, or has not begun, is not
+    touched. The gates lie one after the other, since torch's tanh takes twice as long over parts of rows.
+
+    Args:
+        x: [N, I], rows as the module docstring lays them out.
+        h0: [D, B, P] (P is H without projection).
+        c0: [D, B, H].
+        w_ih: [D*4H, I].
+        bias: [D*4H], b_ih + b_hh, or None.
+        w_hh: [D, 4H, P].
+        w_hr: [D, P, H], or None without projection.
+        batch_sizes: as in `lstm_forward`.
+
+    Returns:
+        output [N, D*P], h_n [D, B, P], c_n [D, B, H] in the dtype of x.
+    """
+    D, B, P = h0.shape
+    H, I = c0.shape[2], x.shape[1]  # noqa: E741
+    K = I + 1 + P
+    dtype = accumulation_dtype(x.dtype)
+    narrow = dtype != x.dtype
+    sizes = _sizes(x, B, batch_sizes)
+    x_steps = x.split(sizes)
+    output = x.new_empty(len(x), D * P)
+    operand = x.new_empty(D, B, K, dtype=dtype)
+    operand[:, :, I] = 1
+    h_n = operand[:, :, I + 1 :].copy_(h0)
+    c_n = c0.to(dtype, copy=True, memory_format=torch.contiguous_format)
+    all_gates = x.new_empty(4 * B * H, dtype=dtype)
+
+    for d in range(D):
+        rows = slice(d * 4 * H, (d + 1) * 4 * H)
+        weights = _by_gate(w_ih[rows], None if bias is None else bias[rows], w_hh[d], dtype)
+        w_hr_t = None if w_hr is None else _transposed(w_hr[d].to(dtype))
+        output_steps = output[:, d * P : (d + 1) * P].split(sizes)
+        # a view costs as much as a small op, so none is made twice
+        x_d, h_d, c_d, for_each_gate = operand[d, :, :I], h_n[d], c_n[d], operand[d].expand(4, B, K)
+        views = {}
+        for n in set(sizes):
+            gates = all_gates.as_strided((4, n, H), (n * H, H, 1))
+            views[n] = x_d[:n], h_d[:n], c_d[:n], for_each_gate[:, :n], gates, gates[:3], *gates.unbind()
+
+        for t in _order(len(sizes), d):
+            x_t, h, c, inputs, gates, i_f_o, i, f, o, g = views[sizes[t]]
+            x_t.copy_(x_steps[t])
+            torch.bmm(inputs, weights, out=gates)
+            i_f_o.sigmoid_()
+            c.mul_(f).addcmul_(i, g.tanh_())
+
+            to, also = (h, output_steps[t]) if narrow else (output_steps[t], h)
+            if w_hr_t is None:
+                torch.tanh(c, out=to).mul_(o)
+            else:
+                torch.mm(o.mul_(c.tanh()), w_hr_t, out=to)
+            also.copy_(to)
+    return output, h_n.to(h0.dtype, copy=True, memory_format=torch.contiguous_format), c_n.to(h0.dtype)
+
+
 def lstm_backward(
     d_output: Tensor,
     dh_n: Tensor,
@@ -286,6 +362,17 @@ def _before(cells: Sequence[Tensor], c0: Tensor, sizes: list[int], steps: slice,
 def _order(T: int, d: int) -> range:
     """Return the steps in the order in which direction `d` takes them."""
     return range(T) if d == 0 else range(T - 1, -1, -1)
+
+
+def _by_gate(w_ih: Tensor, bias: Tensor | None, w_hh: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return [W_ih, b, W_hh]^T of each gate, [4, I + 1 + P, H], in the order i, f, o, g."""
+    I, H = w_ih.shape[1], len(w_ih) // 4  # noqa: E741
+    weights = w_ih.new_empty(4, I + 1 + w_hh.shape[1], H, dtype=dtype)
+    for gate, k in zip(weights, (0, 1, 3, 2), strict=True):
+        rows = slice(k * H, (k + 1) * H)
+        gate[:I], gate[I + 1 :] = w_ih[rows].t(), w_hh[rows].t()
+        gate[I] = 0 if bias is None else bias[rows]
+    return weights
 
 
 def _transposed(w: Tensor) -> Tensor:

@@ -132,6 +132,35 @@ def test_without_save_the_results_are_the_same_and_nothing_is_kept(dtype, sizes)
     assert saving[4].dtype == reference.accumulation_dtype(dtype)
 
 
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
+@pytest.mark.parametrize("dtype", list(TOLERANCES))
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+@pytest.mark.parametrize(
+    ("I", "P", "D", "bias", "one_product"),
+    [(5, 0, 1, True, True), (3, 0, 2, False, True), (9, 5, 2, True, True), (70, 0, 1, True, False)],
+)
+def test_inference(I, P, D, bias, one_product, packed, dtype, monkeypatch):  # noqa: E741
+    """Right by one product a step, and by the input GEMM where the input is wide or rows are few."""
+    stock, x, hx = make_layer_inputs(I, 13, P, D, bias, lengths=(9, 7, 7, 4, 1), packed=packed)
+    calls = []
+    infer = reference.lstm_infer
+    monkeypatch.setattr(reference, "lstm_infer", lambda *given: (calls.append(given), infer(*given))[1])
+
+    def results(network, dtype):
+        states = tuple(state.transpose(1, 2).contiguous().transpose(1, 2).to(dtype) for state in hx)
+        given = x._replace(data=x.data.to(dtype)) if isinstance(x, PackedSequence) else x.to(dtype)
+        output, (h_n, c_n) = network.to(dtype)(given, states)
+        rows = output.data if isinstance(output, PackedSequence) else output
+        return {"output": rows, "h_n": h_n, "c_n": c_n}
+
+    with torch.no_grad():
+        truth = results(stock, torch.float64)
+        got = results(Layer(stock), dtype)
+        assert_close(got, truth, results(stock, dtype), dtype=dtype)
+    assert len(calls) == one_product
+    assert all(tensor.is_contiguous() for tensor in got.values())
+
+
 @pytest.mark.parametrize("sizes", [None, [4, 4, 2, 2, 2, 1], [1] * 6], ids=["dense", "packed", "one_row"])
 @pytest.mark.parametrize("P", [0, 3])
 @pytest.mark.parametrize("steps_at_once", [1, 2, 3])
