@@ -19,7 +19,7 @@ bench: $(VENV)/stamp-bench  ## compare fastlstm with torch.nn.LSTM on this machi
 	$(BIN)/python -m benchmarks $(ARGS)
 
 test: $(VENV)/stamp-test  ## prove outputs and every gradient, on the CPU
-	$(BIN)/python -m pytest -n auto $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
 
 test-gpu: $(VENV)/stamp-test  ## the same proofs, natively on the GPU
 	$(BIN)/python -m pytest -m gpu $(ARGS)
