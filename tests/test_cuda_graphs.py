@@ -93,7 +93,7 @@ def step(lstm: Any, x: Any, hx: Any) -> list[Tensor]:
         ("resident", {"proj_size": 3}),
         ("resident", {"recompute": True}),
         ("resident", {"recompute": True, "proj_size": 3}),
-        ("stepwise", {}),
+        ("stepwise", {"bidirectional": False}),
         ("persistent", {}),
         ("persistent", {"proj_size": 3}),
         ("wavefront", {"num_layers": 2, "bidirectional": False}),
@@ -110,7 +110,8 @@ def test_nothing_is_brought_or_asked(regime, options, packed, monkeypatch):
     rows = [torch.randn(n, 5, dtype=torch.float16) for n in LENGTHS]
     x: Any = pack_sequence(rows, enforce_sorted=False) if packed else torch.stack([rows[1]] * len(LENGTHS), 1)
     (x.data if packed else x).requires_grad_()
-    hx = [torch.randn(2, len(LENGTHS), P, dtype=torch.float16, requires_grad=True) for P in (lstm.proj_size or H, H)]
+    sizes = lstm.num_layers * (1 + lstm.bidirectional), len(LENGTHS)
+    hx = [torch.randn(*sizes, P, dtype=torch.float16, requires_grad=True) for P in (lstm.proj_size or H, H)]
     assert fastlstm.explain(lstm, x, (hx[0], hx[1])).regime == regime
 
     with scheduled() if regime in ("persistent", "wavefront") else nullcontext():
