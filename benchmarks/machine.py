@@ -15,6 +15,8 @@ from pathlib import Path
 import psutil
 import torch
 
+from fastlstm.problem import cpu_capability
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -30,7 +32,7 @@ def machine(device: torch.device) -> dict[str, str | int | float | None]:
         "cores": psutil.cpu_count(logical=False),
         "logical_cores": psutil.cpu_count(),
         "usable_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else psutil.cpu_count(),
-        "capability": torch.backends.cpu.get_cpu_capability(),
+        "capability": cpu_capability(),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "load_1min": round(psutil.getloadavg()[0], 2),
         "os": platform.platform(),

@@ -20,7 +20,7 @@ import fastlstm
 from fastlstm import functional, tuning
 from fastlstm.dispatch import decide, has_triton, interpreting
 from fastlstm.plans import SHARED_MEMORY
-from fastlstm.problem import Device, Problem, allows_tf32, device_of
+from fastlstm.problem import Device, Problem, allows_tf32, cpu_capability, device_of
 from fastlstm.timings import timings
 
 # a name for people, then what dispatch sees
@@ -151,8 +151,7 @@ def _limits(device: torch.device) -> str:
     """One line on what a device has."""
     if device.type == "cpu":
         onednn = "oneDNN" if torch.backends.mkldnn.is_available() else "no oneDNN"
-        capability = torch.backends.cpu.get_cpu_capability()
-        return f"{capability}, {onednn}, {torch.get_num_threads()} of {os.cpu_count()} threads"
+        return f"{cpu_capability()}, {onednn}, {torch.get_num_threads()} of {os.cpu_count()} threads"
     properties = torch.cuda.get_device_properties(device)
     target = device_of(device).target
     shared = SHARED_MEMORY.get(target)

@@ -1,9 +1,9 @@
 """One LSTM layer with gradients: the custom ops, and the formulas that tie them together.
 
 For torch.compile and torch.export a layer, both its directions, is one opaque op, `fastlstm::lstm_forward`: the input
-GEMM over the whole sequence, then the recurrence. `fastlstm::lstm_backward` is the recurrence's adjoint; the GEMMs that
-turn its dgates into the gradients of the input, the weights, the biases and h0 are plain torch, one over all rows for
-each gradient that is asked for.
+GEMM over the whole sequence, then the recurrence (or both in one). `fastlstm::lstm_backward` is the recurrence's
+adjoint; the GEMMs that turn its dgates into the gradients of the input, the weights, the biases and h0 are plain torch,
+one over all rows for each gradient that is asked for.
 """
 
 from __future__ import annotations
@@ -62,15 +62,15 @@ def lstm_layer(
         output, h_n, c_n = _differentiable(x, h0, c0, flat, batch_sizes, stack)
     else:
         present = [weight for weight in flat if weight is not None]
+        needed = torch.is_grad_enabled() and any(t.requires_grad for t in (x, h0, c0, *present))
+        recompute = recompute and needed
         # an exported program is for inference first: trained after all, backward makes again what was not saved
-        save = torch.is_grad_enabled() and not torch.compiler.is_exporting()
-        save = save and any(t.requires_grad for t in (x, h0, c0, *present))
-        recompute = recompute and save
+        save = needed and not torch.compiler.is_exporting()
         if recompute and not _gemms_suffice(backend, x.device, x.dtype, flat[4] is not None):
             save = False
-        run = lstm_forward
-        if backend == "reference" and not (save or recompute or torch.compiler.is_compiling()):
-            run = _below_autograd  # an op costs as much as a dozen steps
+        # the op around it costs as much as a dozen steps, so plain torch that no graph needs does without
+        plain = backend == "reference" and not (needed or _is_traced())
+        run = _below_autograd if plain else lstm_forward
         output, h_n, c_n, _, _ = run(x, h0, c0, present, batch_sizes, save, recompute, backend, stack)
     return output[..., -h0.shape[2] :].contiguous() if stack else output, h_n, c_n
 
@@ -84,6 +84,12 @@ def transformed() -> bool:
         return False
     functions: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
     return forward_ad._current_level >= 0 or functions.peek_interpreter_stack() is not None
+
+
+def _is_traced() -> bool:
+    """Whether somebody looks on who should see one op, not a loop: a compiler, a tracer, or any mode of dispatch."""
+    tracing = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+    return tracing or torch._C._len_torch_dispatch_stack() > 0
 
 
 def differentiable_backward(
@@ -208,6 +214,8 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Run one layer: the input GEMM x [N, I] or [T, B, I] -> [N, D*4H], then `reference.lstm_forward` says what.
 
+    Where nothing is saved and that is faster, both in one: `reference.lstm_infer`.
+
     weights are those of each direction in torch's flat order, none of them missing or None. Of what is saved, the
     gates are left out (of size 0) if `recompute`. D counts the layers of a `stack`, and N*D*P their outputs.
     """
@@ -220,11 +228,12 @@ def _forward(
         results = run(F.linear(_rows(x), w_ih, bias), bias_above, h0, c0, above, w_hh, batch_sizes, save)
     else:
         w_ih, bias, w_hh, w_hr = by_kind(flat)
-        run = _recurrence("lstm_forward", backend, c0)
-        if run is reference.lstm_forward and not (save or recompute) and reference.one_product_pays(x, h0, c0):
+        (N, I), (_, B, P) = _rows(x).shape, h0.shape  # noqa: E741
+        pays = dispatch.one_product_pays(N, B, I, c0.shape[2], P, x.dtype) and x.device.type == "cpu"
+        if pays and not (save or recompute) and _resolve(backend, c0.device, c0.dtype, B) == "reference":
             results = reference.lstm_infer(_rows(x), h0, c0, w_ih, bias, w_hh, w_hr, batch_sizes)
-            results = (*results, x.new_empty(0), x.new_empty(0))
         else:
+            run = _recurrence("lstm_forward", backend, c0)
             results = run(F.linear(_rows(x), w_ih, bias), h0, c0, w_hh, w_hr, batch_sizes, save)
     output, h_n, c_n, gates, cells = results
     # what it is of goes out of scope here, so it need not be known as a view

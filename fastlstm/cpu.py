@@ -37,6 +37,7 @@ from fastlstm.weights import DirectionWeights
 
 _LSTM = 2  # the cell's number in aten.mkldnn_rnn_layer
 _SATURATED = (-1e30, 1e30, 0.0, -1e30)
+_GATHERED = 1 << 17  # elements that inference may gather at once in any case
 
 
 def lstm_layer(
@@ -56,7 +57,7 @@ def lstm_layer(
         batch_sizes: [T] int64 on the CPU for packed rows, or None for dense ones.
 
     Returns:
-        output [N, D*P] (or [T, B, D*P]; with a projection never a view), h_n [D, B, P], c_n [D, B, H].
+        output [N, D*P] (or [T, B, D*P]; never a view), h_n [D, B, P], c_n [D, B, H].
     """
     if batch_sizes is None:
         B = h0.shape[1]
@@ -65,7 +66,7 @@ def lstm_layer(
         return _project(x, h0, c0, weights, batch_sizes)
     if x.dim() == 3:
         output, h_n, c_n = lstm_layer(x.flatten(0, 1), h0, c0, weights, batch_sizes)
-        return output.view(*x.shape[:2], -1), h_n, c_n
+        return torch.ops.aten._unsafe_view(output, (*x.shape[:2], output.shape[1])), h_n, c_n
     flat = [weight for direction in weights for weight in direction]
     if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in (x, h0, c0, *flat)):
         return _infer(x, h0, c0, flat, batch_sizes)
@@ -175,7 +176,7 @@ def _infer(
     edges, by_direction = cutting.lay_places(sizes, batch_sizes, cuts, D)
     row = torch.arange(N, device="cpu")
     is_dead = torch.ones(edges[-1], dtype=torch.bool, device="cpu").index_fill_(0, by_direction[0], False)
-    most = max(H * N // 8, 1 << 17) // (I + 1)  # places gathered at once: a small part of the output's size
+    most = max(H * N // 8, _GATHERED) // _columns(x)  # places gathered at once: a small part of the output's size
 
     output = x.new_empty(N, D * H)
     h_n = torch.empty_like(h0, memory_format=torch.contiguous_format)

@@ -21,6 +21,7 @@ from fastlstm.problem import device_of
 _ROWS_PER_CUT = 32
 _FLOPS_PER_CUT = 5e6
 _FLOPS_PER_CUT_FORWARD = 1.5e7
+_ROWS_BY_AMX = 8  # are computed in the time that one takes without it
 # a chunk's working memory stays below this, or below what is left free of the size of stock's graph (`_memory`)
 _CHUNK_BYTES = 1 << 20
 
@@ -87,7 +88,7 @@ def choose_cuts(sizes: list[int], I: int, H: int, dtype: torch.dtype, training: 
     flops = 8 * H * (I + H)  # of a row
     rows = _ROWS_PER_CUT + _FLOPS_PER_CUT / flops if training else _FLOPS_PER_CUT_FORWARD / flops
     if dtype == torch.bfloat16 and device_of(torch.device("cpu")).target == "amx":
-        rows *= 8  # that many are computed in the time of one
+        rows *= _ROWS_BY_AMX
     return _cut(sizes, most, rows)
 
 

@@ -16,6 +16,7 @@ import torch
 
 from fastlstm import plans
 from fastlstm.problem import Device, Problem
+from fastlstm.reference import accumulation_dtype
 
 BACKENDS = ("auto", "reference", "triton", "torch")
 REGIMES = ("resident", "persistent", "streaming", "wavefront", "stepwise")
@@ -190,16 +191,16 @@ def _decide_cpu(problem: Problem, target: str) -> tuple[str, str, str]:
         if p.runs <= 1 and not p.P:
             if p.T == 1 and p.B <= 8 and not p.training:
                 return "torch", "step", "For one step oneDNN's layout of the weights costs more than torch's cell."
-            wide_odd = p.I % 2 and not p.H % 2 and p.T >= 48 and p.B * p.H**2 * (p.I + 32) > 1 << 24
-            if amx and wide_odd and not p.training:
-                return "onednn", "chunks", "oneDNN multiplies an odd number of inputs without AMX; chunks make it even."
+            odd = amx and p.I % 2 and not p.H % 2 and not p.training
+            if odd and p.T >= 48 and p.B * p.H**2 * (p.I + 32) > 1 << 24:  # less is over too soon to gain
+                return "onednn", "chunks", "oneDNN does an odd number of inputs without AMX; chunks make it even."
             return "torch", "stock", "Stock's own op runs a dense batch in one oneDNN call a layer."
         if not (obstacle := _obstacle_to_chunks(p, target != "cpu", amx)):
             return "onednn", "chunks", "Stock would go step by step; chunks of steps run as dense oneDNN layers."
     else:
         obstacle = "oneDNN has no kernel for this dtype here"
     if _loop_pays(p, target != "cpu", amx):
-        how = "its backward written by hand" if p.training else "all gates of each by one product"
+        how = "its backward written by hand" if p.training else "a few ops each"
         return "reference", "loop", f"Since {obstacle}, plain torch runs the steps, {how}."
     return "torch", "stock", f"Since {obstacle}, stock's own loop over the steps is as fast as any."
 
@@ -219,7 +220,7 @@ def _obstacle_to_chunks(p: Problem, intel: bool, amx: bool) -> str:
     """
     bf16 = p.dtype == torch.bfloat16
     weight = p.H * (p.I + p.H)
-    if intel and not amx and p.B * weight > _fewest_products(p):
+    if intel and not amx and _products(p) > _mkl_pays_from(p) and _loop_pays(p, intel, amx):
         return "MKL's products of a step are as fast as oneDNN's layer"
     # stock's steps without a graph are the cheapest, in float32 above all, and where it multiplies many inputs at once;
     # a projection adds products of its own
@@ -245,24 +246,37 @@ def _obstacle_to_chunks(p: Problem, intel: bool, amx: bool) -> str:
     return ""
 
 
-def _fewest_products(p: Problem) -> int:
+def one_product_pays(rows: int, B: int, I: int, H: int, P: int, dtype: torch.dtype) -> bool:  # noqa: E741
+    """Whether `reference.lstm_infer` beats the input GEMM over all `rows` and then `lstm_forward`, on a CPU.
+
+    All weights must stay in its cache, and rows be enough to pay for laying them out.
+    """
+    size = 4 * H * (I + 1 + P) * accumulation_dtype(dtype).itemsize
+    return B >= 4 and I <= 4 * P and size <= 1 << 21 and rows > I + P
+
+
+def _products(p: Problem) -> int:
+    """Return how many products a step has for each gate."""
+    return p.B * p.H * (p.I + (p.P or p.H))
+
+
+def _mkl_pays_from(p: Problem) -> int:
     """Return how many products a step must have for MKL to be as fast as oneDNN's layer on an Intel processor."""
     return 1 << 17 if p.training or p.P or p.dtype == torch.bfloat16 else 1 << 19
 
 
 def _loop_pays(p: Problem, intel: bool, amx: bool) -> bool:
     """Whether the reference's loop over the steps beats stock's, where oneDNN's layer is no choice."""
-    products = p.B * p.H * (p.I + p.H)
     if p.dtype == torch.float16 and p.B >= 8:  # stock's is slow with or without a graph
         return True
     if p.training:  # the loop saves stock's graph, but over few steps what a call costs outweighs that
         shortest = 8 if intel else 16
-        if amx and products > 1 << 23:  # the loop's are in float32
+        if amx and _products(p) > 1 << 23:  # the loop's are in float32
             shortest = 64 if p.P else 16
         return shortest <= p.T and (intel or not p.P or p.dtype != torch.bfloat16)
     if not intel or amx:
         return False
     if p.dtype == torch.bfloat16:  # stock's products are slower than MKL's of float32
         return p.T >= 16
-    shortest = 24 if p.P else 32
-    return p.dtype == torch.float32 and shortest <= p.T and p.I <= 2 * p.H and products > _fewest_products(p)
+    pays = one_product_pays(p.T * p.B, p.B, p.I, p.H, p.P or p.H, p.dtype) and p.I <= 2 * p.H
+    return p.dtype == torch.float32 and pays and _products(p) > _mkl_pays_from(p) and (24 if p.P else 32) <= p.T

@@ -117,6 +117,11 @@ _gpus: dict[int, Device] = {}
 _limited: set[Device] = set()
 
 
+def cpu_capability() -> str:
+    """Return what torch's own kernels use of this machine's processor, and whether it has AMX: "AVX512, AMX"."""
+    return torch.backends.cpu.get_cpu_capability() + ", AMX" * torch.cpu._is_amx_tile_supported()
+
+
 @functools.cache
 def _cpu() -> Device:
     if not torch.backends.mkl.is_available() or "GenuineIntel" not in _cpu_names():

@@ -7,9 +7,9 @@ One call handles the D directions of one layer, after the input GEMM. With gates
     c_t = f c_{t-1} + i g;   m_t = o tanh(c_t)           [B, H]
     h_t = m_t W_hr^T  (m_t without projection)           [B, P]
 
-`lstm_forward` saves what `lstm_backward` needs, `lstm_backward` is written by hand, and `lstm_differentiable` is the
-same forward with nothing in place, for autograd to differentiate as often as it likes. `kernels/README.md` derives
-the backward.
+`lstm_forward` saves what `lstm_backward` needs, `lstm_backward` is written by hand, `lstm_infer` has the input GEMM in
+its steps and saves nothing, and `lstm_differentiable` is the same forward with nothing in place, for autograd to
+differentiate as often as it likes. `kernels/README.md` derives the backward.
 
 Data come as rows: row `t*B + b` of a dense batch, row `offsets[t] + b` of a packed one, whose rows are sorted by
 falling length, so that the first `batch_sizes[t]` rows are active at step t and the others keep their state.
@@ -112,12 +112,6 @@ def lstm_forward(
     return output, h_n.to(h0.dtype), c_n.to(h0.dtype), gates_x if save else gates_x.new_empty(0), cells
 
 
-def one_product_pays(x: Tensor, h0: Tensor, c0: Tensor) -> bool:
-    """Whether `lstm_infer` is faster than the input GEMM and `lstm_forward`: the weights must stay in a CPU's cache."""
-    (_, B, P), H, I = h0.shape, c0.shape[2], x.shape[-1]  # noqa: E741
-    return B >= 4 and I <= 4 * P and 4 * H * (I + 1 + P) * accumulation_dtype(x.dtype).itemsize <= 1 << 21
-
-
 def lstm_infer(
     x: Tensor,
     h0: Tensor,
@@ -127,7 +121,7 @@ def lstm_infer(
     w_hh: Tensor,
     w_hr: Tensor | None,
     batch_sizes: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Run a layer for no backward pass, one product a step: [x_t, 1, h_{t-1}] [W_ih, b, W_hh]^T.
 
     Nothing has the size of all gates, and states stay where they are: a row that has ended, or has not begun, is not
@@ -144,7 +138,7 @@ def lstm_infer(
         batch_sizes: as in `lstm_forward`.
 
     Returns:
-        output [N, D*P], h_n [D, B, P], c_n [D, B, H] in the dtype of x.
+        what `lstm_forward` does without `save`.
     """
     D, B, P = h0.shape
     H, I = c0.shape[2], x.shape[1]  # noqa: E741
@@ -179,13 +173,14 @@ def lstm_infer(
             i_f_o.sigmoid_()
             c.mul_(f).addcmul_(i, g.tanh_())
 
-            to, also = (h, output_steps[t]) if narrow else (output_steps[t], h)
+            to, other = (h, output_steps[t]) if narrow else (output_steps[t], h)
             if w_hr_t is None:
                 torch.tanh(c, out=to).mul_(o)
             else:
                 torch.mm(o.mul_(c.tanh()), w_hr_t, out=to)
-            also.copy_(to)
-    return output, h_n.to(h0.dtype, copy=True, memory_format=torch.contiguous_format), c_n.to(h0.dtype)
+            other.copy_(to)
+    h_n = h_n.to(h0.dtype, copy=True, memory_format=torch.contiguous_format)
+    return output, h_n, c_n.to(h0.dtype), x.new_empty(0), x.new_empty(0, dtype=dtype)
 
 
 def lstm_backward(

@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import LENGTHS, TOLERANCES, Layer, assert_close, make_layer_inputs, relative_error, run_lstm
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils.rnn import PackedSequence
 
-from fastlstm import reference
-from fastlstm.autograd import lstm_layer
+import fastlstm
+from fastlstm import dispatch, reference
+from fastlstm.autograd import lstm_forward, lstm_layer
 
 
 # stock warns that oneDNN has no projection; ours must not
@@ -159,6 +161,24 @@ def test_inference(I, P, D, bias, one_product, packed, dtype, monkeypatch):  # n
         assert_close(got, truth, results(stock, dtype), dtype=dtype)
     assert len(calls) == one_product
     assert all(tensor.is_contiguous() for tensor in got.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("sizes", [None, [5, 5, 4, 4]], ids=["dense", "packed"])
+def test_the_op_keeps_its_contract_in_inference(sizes, dtype):
+    batch_sizes = None if sizes is None else torch.tensor(sizes)
+    x = torch.randn(20 if sizes is None else 18, 3, dtype=dtype)
+    states = torch.randn(2, 1, 5, 6, dtype=dtype)
+    weights = [torch.randn(shape, dtype=dtype) for shape in ((24, 3), (24, 6), (24,), (24,))]
+    assert dispatch.one_product_pays(len(x), 5, 3, 6, 6, dtype)
+    torch.library.opcheck(lstm_forward, (x, *states, weights, batch_sizes, False, False, "reference", False))
+
+
+def test_who_looks_on_sees_one_op():
+    lstm = fastlstm.LSTM(3, 6, backend="reference")
+    with torch.no_grad():
+        graph = make_fx(lambda x: lstm(x)[0])(torch.randn(4, 5, 3)).graph
+    assert [str(node.target) for node in graph.nodes].count("fastlstm.lstm_forward.default") == 1
 
 
 @pytest.mark.parametrize("sizes", [None, [4, 4, 2, 2, 2, 1], [1] * 6], ids=["dense", "packed", "one_row"])
