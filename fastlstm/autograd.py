@@ -230,7 +230,8 @@ def _forward(
         w_ih, bias, w_hh, w_hr = by_kind(flat)
         (N, I), (_, B, P) = _rows(x).shape, h0.shape  # noqa: E741
         pays = dispatch.one_product_pays(N, B, I, c0.shape[2], P, x.dtype) and x.device.type == "cpu"
-        if pays and not (save or recompute) and _resolve(backend, c0.device, c0.dtype, B) == "reference":
+        kernels = _resolve(backend, c0.device, c0.dtype, B).startswith("triton")
+        if pays and not (save or recompute or kernels):
             results = reference.lstm_infer(_rows(x), h0, c0, w_ih, bias, w_hh, w_hr, batch_sizes)
         else:
             run = _recurrence("lstm_forward", backend, c0)
