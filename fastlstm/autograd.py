@@ -1,16 +1,12 @@
-"""One LSTM layer with gradients: the custom ops, and the formulas that tie them together.
+"""One LSTM layer with gradients: the formulas that tie the ops of `ops.py` together.
 
-For torch.compile and torch.export a layer, both its directions, is one opaque op, `fastlstm::lstm_forward`: the input
-GEMM over the whole sequence, then the recurrence (or both in one). `fastlstm::lstm_backward` is the recurrence's
-adjoint; the GEMMs that turn its dgates into the gradients of the input, the weights, the biases and h0 are plain torch,
-one over all rows for each gradient that is asked for.
+The recurrence's adjoint is an op; the GEMMs that turn its dgates into the gradients of the input, the weights, the
+biases and h0 are plain torch, one over all rows for each gradient that is asked for.
 """
 
 from __future__ import annotations
 
-import functools
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,12 +14,10 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import functional as F  # noqa: N812
 
-from fastlstm import autocast, checks, dispatch, packing, reference
-from fastlstm.problem import Problem, device_of
+from fastlstm import autocast, packing, reference
+from fastlstm.ops import as_rows, below_autograd, gemms_suffice, lstm_backward, lstm_forward, lstm_gates
 from fastlstm.weights import DirectionWeights, by_kind, by_layer, spread
 from fastlstm.weights import stack as stack_tensors
-
-_WIDE_ELEMENTS = 1 << 22  # of float32 pre-activations that `lstm_gates` holds at once
 
 
 def lstm_layer(
@@ -47,7 +41,7 @@ def lstm_layer(
         backend: "reference", "triton" (and, after a space, the name of a layout), or "auto" for the better of the two
             where and when the layer runs.
         recompute: whether backward makes the activated gates again instead of finding them saved: by GEMMs over all
-            rows where those give them to within a unit in the last place (`_gemms_suffice`), or else, with the cells,
+            rows where those give them to within a unit in the last place (`gemms_suffice`), or else, with the cells,
             by this very pass, which costs about half of what the recurrences of a training step do, a GEMM next to
             nothing.
         stack: whether D counts layers of one direction, each fed by the one before, which "triton" runs all at once;
@@ -66,11 +60,11 @@ def lstm_layer(
         recompute = recompute and needed
         # an exported program is for inference first: trained after all, backward makes again what was not saved
         save = needed and not torch.compiler.is_exporting()
-        if recompute and not _gemms_suffice(backend, x.device, x.dtype, flat[4] is not None):
+        if recompute and not gemms_suffice(backend, x.device, x.dtype, flat[4] is not None):
             save = False
         # the op around it costs as much as a dozen steps, so plain torch that no graph needs does without
         plain = backend == "reference" and not (needed or _is_traced())
-        run = _below_autograd if plain else lstm_forward
+        run = below_autograd if plain else lstm_forward
         output, h_n, c_n, _, _ = run(x, h0, c0, present, batch_sizes, save, recompute, backend, stack)
     return output[..., -h0.shape[2] :].contiguous() if stack else output, h_n, c_n
 
@@ -122,148 +116,9 @@ def _differentiable(
         outputs, *states = zip(*layers, strict=True)
         return torch.cat(outputs, -1), torch.cat(states[0]), torch.cat(states[1])
     w_ih, bias, w_hh, w_hr = by_kind(flat)
-    gates_x = F.linear(_rows(x), w_ih, bias)
+    gates_x = F.linear(as_rows(x), w_ih, bias)
     output, h_n, c_n = reference.lstm_differentiable(gates_x, h0, c0, w_hh, w_hr, batch_sizes)
     return output.view(*x.shape[:-1], output.shape[1]), h_n, c_n
-
-
-def _rows(tensor: Tensor) -> Tensor:
-    """Return [N, K] of [N, K] or [T, B, K]; unlike `flatten`, under the older of torch's vmaps too."""
-    return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
-
-
-def _times_weight(rows: Tensor, weight: Tensor) -> Tensor:
-    """Return rows weight, [N, K] of [N, M] and [M, K]: the gradient of the input."""
-    if rows.dtype == torch.float64:  # in this order MKL's GEMM takes a third to two thirds of the time
-        return (weight.t() @ rows.t()).t().contiguous()
-    return rows @ weight
-
-
-def _sum_of_outer(rows: Tensor, columns: Tensor) -> Tensor:
-    """Return rows^T columns, [M, K] of [N, M] and [N, K]: the gradient of a weight."""
-    # in this order MKL's float64 GEMM takes two thirds of the time; a gradient is contiguous, as stock's is
-    return (columns.t() @ rows).t().contiguous()
-
-
-def _gemms_suffice(backend: str, device: torch.device, dtype: torch.dtype, projected: bool) -> bool:
-    """Whether `lstm_gates` makes the very gates of forward again, but for a unit in the last place.
-
-    It knows h as the 16-bit output, and so do the kernels; the reference goes on with it in float32. With a projection
-    they know no h, and float32 shows the order of a sum.
-    """
-    if projected or dtype not in (torch.float16, torch.bfloat16):
-        return False
-    return _resolve(backend, device, dtype).startswith("triton")
-
-
-# as `autocast._onednn_has`; it may ask the driver of a GPU
-_gemms_suffice._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
-
-
-def _resolve(backend: str, device: torch.device, dtype: torch.dtype, B: int = 1) -> str:
-    """Return who runs a layer of B rows, where "auto" may have been asked for."""
-    if backend != "auto":
-        return backend
-    # what is saved is the same whoever runs it, so forward and backward need not choose alike
-    return dispatch.decide_layer(Problem(1, B, 1, 1, dtype=dtype, training=True), device_of(device))
-
-
-def _recurrence(name: str, backend: str, c0: Tensor) -> Callable[..., Any]:
-    """Return the function that runs a recurrence on c0 [D, B, H]: "lstm_forward", "stack_backward", ..."""
-    backend, _, layout = _resolve(backend, c0.device, c0.dtype, c0.shape[1]).partition(" ")
-    if backend != "triton":
-        return getattr(reference, name)
-    from fastlstm.kernels import launch, wavefront  # import triton, which a CPU-only install need not have
-
-    kernels = wavefront if name.startswith("stack") else launch
-    return functools.partial(getattr(kernels, name), plan=layout or None)
-
-
-@torch.library.custom_op("fastlstm::first_step", mutates_args=())
-def first_step(batch_sizes: Tensor) -> Tensor:
-    """Return zeros [B] for the B of a packed batch: a tracer knows no values, and takes a size for one."""
-    return batch_sizes.new_zeros(int(batch_sizes[0]))
-
-
-@first_step.register_fake
-def _(batch_sizes):
-    return batch_sizes.new_empty(torch.library.get_ctx().new_dynamic_size())
-
-
-@torch.library.custom_op("fastlstm::zero_states", mutates_args=())
-def zero_states(data: Tensor, rows: int, B: int, H: int) -> Tensor:
-    """Return zeros [rows, B, H] like `data`; of `new_zeros` inductor would make a kernel and compile it."""
-    return data.new_zeros(rows, B, H)
-
-
-@zero_states.register_fake
-def _(data, rows, B, H):
-    return data.new_empty(rows, B, H)
-
-
-def _forward(
-    x: Tensor,
-    h0: Tensor,
-    c0: Tensor,
-    weights: Sequence[Tensor],
-    batch_sizes: Tensor | None,
-    save: bool,
-    recompute: bool,
-    backend: str,
-    stack: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Run one layer: the input GEMM x [N, I] or [T, B, I] -> [N, D*4H], then `reference.lstm_forward` says what.
-
-    Where nothing is saved and that is faster, both in one: `reference.lstm_infer`.
-
-    weights are those of each direction in torch's flat order, none of them missing or None. Of what is saved, the
-    gates are left out (of size 0) if `recompute`. D counts the layers of a `stack`, and N*D*P their outputs.
-    """
-    if batch_sizes is not None:
-        checks.check_rows(batch_sizes, len(x), h0.shape[1])
-    flat = spread(weights, len(h0))
-    if stack:
-        w_ih, bias, above, bias_above, w_hh = by_layer(flat)
-        run = _recurrence("stack_forward", backend, c0)
-        results = run(F.linear(_rows(x), w_ih, bias), bias_above, h0, c0, above, w_hh, batch_sizes, save)
-    else:
-        w_ih, bias, w_hh, w_hr = by_kind(flat)
-        (N, I), (_, B, P) = _rows(x).shape, h0.shape  # noqa: E741
-        pays = dispatch.one_product_pays(N, B, I, c0.shape[2], P, x.dtype) and x.device.type == "cpu"
-        kernels = _resolve(backend, c0.device, c0.dtype, B).startswith("triton")
-        if pays and not (save or recompute or kernels):
-            results = reference.lstm_infer(_rows(x), h0, c0, w_ih, bias, w_hh, w_hr, batch_sizes)
-        else:
-            run = _recurrence("lstm_forward", backend, c0)
-            results = run(F.linear(_rows(x), w_ih, bias), h0, c0, w_hh, w_hr, batch_sizes, save)
-    output, h_n, c_n, gates, cells = results
-    # what it is of goes out of scope here, so it need not be known as a view
-    output = torch.ops.aten._unsafe_view(output, (*x.shape[:-1], output.shape[1]))
-    return output, h_n, c_n, gates.new_empty(0) if recompute else gates, cells
-
-
-lstm_forward = torch.library.custom_op("fastlstm::lstm_forward", _forward, mutates_args=())
-
-
-def _below_autograd(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Run what `lstm_forward` does where no gradient is asked for, without an op around it."""
-    with torch._C._AutoDispatchBelowAutograd():
-        return _forward(*arguments)
-
-
-@lstm_forward.register_fake
-def _(x, h0, c0, weights, batch_sizes, save, recompute, backend, stack):
-    N = math.prod(x.shape[:-1])
-    D, B, P = h0.shape
-    H = c0.shape[2]
-    cells_dtype = reference.accumulation_dtype(x.dtype)
-    return (
-        x.new_empty(*x.shape[:-1], D * P),
-        x.new_empty(D, B, P),
-        x.new_empty(D, B, H),
-        x.new_empty((N, D * 4 * H) if save and not recompute else 0),
-        x.new_empty((N, D * H) if save else 0, dtype=cells_dtype),
-    )
 
 
 def _save_for_backward(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -310,33 +165,6 @@ def _backward(ctx: Any, *cotangents: Tensor | None) -> tuple:
 lstm_forward.register_autograd(_backward, setup_context=_save_for_backward)
 
 
-@torch.library.custom_op("fastlstm::lstm_gates", mutates_args=())
-def lstm_gates(x: Tensor, h0: Tensor, output: Tensor, weights: Sequence[Tensor], batch_sizes: Tensor | None) -> Tensor:
-    """Return the activated gates [N, D*4H] of a layer that has run, from its output [N, D*P] or [T, B, D*P].
-
-    The layer is one in 16 bit and without projection. Every step's h_{t-1} is known, so there is no recurrence: two
-    GEMMs over all rows. Sums are float32 as in the kernels, so that no gate is more than a unit in the last place off.
-    """
-    D = len(h0)
-    w_ih, bias, w_hh, _ = by_kind(spread(weights, D))
-    gates, output = F.linear(_rows(x), w_ih, bias), _rows(output)
-    batch_sizes = packing.on_device(batch_sizes, x.device)
-    most = max(1, _WIDE_ELEMENTS // w_hh.shape[1])  # rows at a time, since wide ones would take what was saved
-    for d, (gates_d, output_d) in enumerate(zip(gates.chunk(D, 1), output.chunk(D, 1), strict=True)):
-        h_previous = packing.previous(output_d, h0[d], batch_sizes, reverse=d == 1)
-        for rows, h in zip(gates_d.split(most), h_previous.split(most), strict=True):
-            if h.is_cuda:
-                sums = torch.mm(h, w_hh[d].t(), out_dtype=torch.float32)
-            else:
-                sums = torch.mm(h.float(), w_hh[d].t().float())
-            i, f, g, o = sums.add_(rows).chunk(4, 1)
-            for gate in (i, f, o):
-                gate.sigmoid_()
-            g.tanh_()
-            rows.copy_(sums)
-    return gates
-
-
 def _gradients(
     cotangents: tuple[Tensor, Tensor, Tensor],
     inputs: tuple[Any, ...],
@@ -349,7 +177,7 @@ def _gradients(
     """Run the recurrence's adjoint, then one GEMM over all rows for each gradient that is needed."""
     x, h0, c0, *flat = inputs
     output, gates, cells = saved
-    shape, (x, output, d_output) = x.shape, map(_rows, (x, output, cotangents[0]))
+    shape, (x, output, d_output) = x.shape, map(as_rows, (x, output, cotangents[0]))
     needs_x, needs_h0, needs_c0, *needs_flat = needs
     D, B, _ = h0.shape
     H = c0.shape[2]
@@ -388,37 +216,14 @@ def _gradients(
     return [dx, stack_tensors(dh0) if needs_h0 else None, dc0 if needs_c0 else None, *dflat]
 
 
-@torch.library.custom_op("fastlstm::lstm_backward", mutates_args=())
-def lstm_backward(
-    d_output: Tensor,
-    dh_n: Tensor,
-    dc_n: Tensor,
-    gates: Tensor,
-    cells: Tensor,
-    c0: Tensor,
-    w_hh: Tensor,
-    w_hr: Tensor | None,
-    batch_sizes: Tensor | None,
-    backend: str,
-    above: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Run the adjoint of the recurrence: `reference.lstm_backward` says what it takes and returns.
-
-    Of a stack, `above` is w_ih [L - 1, 4H, H] of the layers above the first.
-    """
-    if above is not None:
-        run = _recurrence("stack_backward", backend, c0)
-        return *run(d_output, dh_n, dc_n, gates, cells, c0, above, w_hh, batch_sizes), d_output.new_empty(0)
-    run = _recurrence("lstm_backward", backend, c0)
-    return run(d_output, dh_n, dc_n, gates, cells, c0, w_hh, w_hr, batch_sizes)
+def _times_weight(rows: Tensor, weight: Tensor) -> Tensor:
+    """Return rows weight, [N, K] of [N, M] and [M, K]: the gradient of the input."""
+    if rows.dtype == torch.float64:  # in this order MKL's GEMM takes a third to two thirds of the time
+        return (weight.t() @ rows.t()).t().contiguous()
+    return rows @ weight
 
 
-@lstm_gates.register_fake
-def _(x, h0, output, weights, batch_sizes):
-    return x.new_empty(math.prod(x.shape[:-1]), len(h0) * weights[0].shape[0])
-
-
-@lstm_backward.register_fake
-def _(d_output, dh_n, dc_n, gates, cells, c0, w_hh, w_hr, batch_sizes, backend, above=None):
-    dh = d_output.new_empty(0 if w_hr is None else d_output.shape)
-    return gates.new_empty(gates.shape), c0.new_empty(c0.shape), dh
+def _sum_of_outer(rows: Tensor, columns: Tensor) -> Tensor:
+    """Return rows^T columns, [M, K] of [N, M] and [N, K]: the gradient of a weight."""
+    # in this order MKL's float64 GEMM takes two thirds of the time; a gradient is contiguous, as stock's is
+    return (columns.t() @ rows).t().contiguous()

@@ -183,7 +183,8 @@ def _decide_gpu(problem: Problem, device: Device) -> tuple[str, str, str]:
 def _decide_cpu(problem: Problem, target: str) -> tuple[str, str, str]:
     """Return (backend, regime, reason) for "auto" on CPU tensors; where the bounds lie was measured."""
     p = problem
-    amx = target == "amx" and p.dtype == torch.bfloat16
+    if target == "amx" and p.dtype != torch.bfloat16:
+        target = "intel"  # its tiles are for bfloat16
     if p.B == 0:
         return "torch", "stock", "The batch has no rows."
     if _onednn_has(p.dtype):
@@ -191,15 +192,15 @@ def _decide_cpu(problem: Problem, target: str) -> tuple[str, str, str]:
         if p.runs <= 1 and not p.P:
             if p.T == 1 and p.B <= 8 and not p.training:
                 return "torch", "step", "For one step oneDNN's layout of the weights costs more than torch's cell."
-            odd = amx and p.I % 2 and not p.H % 2 and not p.training
+            odd = target == "amx" and p.I % 2 and not p.H % 2 and not p.training
             if odd and p.T >= 48 and p.B * p.H**2 * (p.I + 32) > 1 << 24:  # less is over too soon to gain
                 return "onednn", "chunks", "oneDNN does an odd number of inputs without AMX; chunks make it even."
             return "torch", "stock", "Stock's own op runs a dense batch in one oneDNN call a layer."
-        if not (obstacle := _obstacle_to_chunks(p, target != "cpu", amx)):
+        if not (obstacle := _obstacle_to_chunks(p, target)):
             return "onednn", "chunks", "Stock would go step by step; chunks of steps run as dense oneDNN layers."
     else:
         obstacle = "oneDNN has no kernel for this dtype here"
-    if _loop_pays(p, target != "cpu", amx):
+    if _loop_pays(p, target):
         how = "its backward written by hand" if p.training else "a few ops each"
         return "reference", "loop", f"Since {obstacle}, plain torch runs the steps, {how}."
     return "torch", "stock", f"Since {obstacle}, stock's own loop over the steps is as fast as any."
@@ -212,33 +213,33 @@ def _onednn_has(dtype: torch.dtype) -> bool:
     return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def _obstacle_to_chunks(p: Problem, intel: bool, amx: bool) -> str:
+def _obstacle_to_chunks(p: Problem, target: str) -> str:
     """Return why `cpu.py` would lose against a loop over the steps, or ''.
 
-    A loop is MKL's products, stock's as ours, and on an `intel` processor they are its best. With `amx` bfloat16 is
+    A loop is MKL's products, stock's as ours, and on an "intel" processor they are its best. On "amx" bfloat16 is
     multiplied in tiles, which oneDNN alone does.
     """
     bf16 = p.dtype == torch.bfloat16
     weight = p.H * (p.I + p.H)
-    if intel and not amx and _products(p) > _mkl_pays_from(p) and _loop_pays(p, intel, amx):
+    if target == "intel" and _mkl_pays(p) and _loop_pays(p, target):
         return "MKL's products of a step are as fast as oneDNN's layer"
     # stock's steps without a graph are the cheapest, in float32 above all, and where it multiplies many inputs at once;
     # a projection adds products of its own
     if p.training:
         shortest = 12
     elif bf16:
-        shortest = 24 if p.B * p.H < 128 else 16
-        if amx:
-            shortest = max(shortest, 15 + (p.B * p.I >> 10) + (weight >> 16))
+        tiles = 15 + (p.B * p.I >> 10) + (weight >> 16) if target == "amx" else 0
+        shortest = max(tiles, 24 if p.B * p.H < 128 else 16)
     else:
-        shortest = max(48, p.B * p.I >> 4) if intel else 24
+        shortest = max(48, p.B * p.I >> 4) if target == "intel" else 24
     if (1.5 * shortest if p.P else shortest) > p.T:
         return "a sequence is too short to pay for the call"
     if p.H > 4 * p.P > 0:
         return "the state without its projection is more than four times as wide"
-    widest, largest, fewest = 16, 1 << 16, 5 if bf16 else 4 if p.training else 2
-    if amx:  # what it computes costs little, so its copies and gradients of the weights cost the more
+    if target == "amx":  # what it computes costs little, so its copies and gradients of the weights cost the more
         widest, largest, fewest = (4, 1 << 14, 8) if p.training else (16, 1 << 14, 0)
+    else:
+        widest, largest, fewest = 16, 1 << 16, 5 if bf16 else 4 if p.training else 2
     if widest * p.H < p.I or (bf16 and p.I + p.H >= 1024):
         return "oneDNN is slow where the input is this wide"
     if weight > largest and fewest * (p.I + p.H) > p.T * p.B:
@@ -260,23 +261,24 @@ def _products(p: Problem) -> int:
     return p.B * p.H * (p.I + (p.P or p.H))
 
 
-def _mkl_pays_from(p: Problem) -> int:
-    """Return how many products a step must have for MKL to be as fast as oneDNN's layer on an Intel processor."""
-    return 1 << 17 if p.training or p.P or p.dtype == torch.bfloat16 else 1 << 19
+def _mkl_pays(p: Problem) -> bool:
+    """Whether a step has so many products that MKL is as fast as oneDNN's layer on an "intel" processor."""
+    return _products(p) > (1 << 17 if p.training or p.P or p.dtype == torch.bfloat16 else 1 << 19)
 
 
-def _loop_pays(p: Problem, intel: bool, amx: bool) -> bool:
+def _loop_pays(p: Problem, target: str) -> bool:
     """Whether the reference's loop over the steps beats stock's, where oneDNN's layer is no choice."""
     if p.dtype == torch.float16 and p.B >= 8:  # stock's is slow with or without a graph
         return True
     if p.training:  # the loop saves stock's graph, but over few steps what a call costs outweighs that
-        shortest = 8 if intel else 16
-        if amx and _products(p) > 1 << 23:  # the loop's are in float32
-            shortest = 64 if p.P else 16
-        return shortest <= p.T and (intel or not p.P or p.dtype != torch.bfloat16)
-    if not intel or amx:
+        if target == "cpu":
+            return p.T >= 16 and not (p.P and p.dtype == torch.bfloat16)
+        if target == "amx" and _products(p) > 1 << 23:  # the loop's are in float32
+            return (64 if p.P else 16) <= p.T
+        return p.T >= 8
+    if target != "intel":
         return False
     if p.dtype == torch.bfloat16:  # stock's products are slower than MKL's of float32
         return p.T >= 16
     pays = one_product_pays(p.T * p.B, p.B, p.I, p.H, p.P or p.H, p.dtype) and p.I <= 2 * p.H
-    return p.dtype == torch.float32 and pays and _products(p) > _mkl_pays_from(p) and (24 if p.P else 32) <= p.T
+    return p.dtype == torch.float32 and pays and _mkl_pays(p) and (24 if p.P else 32) <= p.T

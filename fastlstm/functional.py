@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 from torch.nn.utils.rnn import PackedSequence
 
-from fastlstm import autocast, autograd, checks, cpu, dispatch, stock, tuning
+from fastlstm import autocast, autograd, checks, cpu, dispatch, ops, stock, tuning
 from fastlstm.checks import Network, States
 from fastlstm.problem import Device, Problem, allows_tf32, device_of
 from fastlstm.weights import directions
@@ -182,7 +182,7 @@ def _rows_and_runs(batch_sizes: Tensor, order: Tensor | None, hx: States | None)
     if hx is not None:
         checks.check_pair(hx, "lstm")
         return hx[0].size(1), 1
-    return autograd.first_step(batch_sizes).size(0), 1
+    return ops.first_step(batch_sizes).size(0), 1
 
 
 def permute(hx: States, order: Tensor | None) -> States:
@@ -197,7 +197,7 @@ def _zero_states(network: Network, data: Tensor, B: int) -> States:
     compiling = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
 
     def zeros(width: int) -> Tensor:
-        return autograd.zero_states(data.detach(), rows, B, width) if compiling else data.new_zeros((rows, B, width))
+        return ops.zero_states(data.detach(), rows, B, width) if compiling else data.new_zeros((rows, B, width))
 
     c0 = zeros(network.hidden_size)
     return (zeros(network.proj_size) if network.proj_size else c0), c0

@@ -145,15 +145,15 @@ def candidates(problem: Problem, device: Device, backward: bool = False) -> list
 
 
 # largest H by target and bytes of an element of which a chip holds all of W_hh, found by compiling: for tiles of 16
-# rows and of 32
+# rows, of 32, and of 32 where rows of gates are not aligned
 _LARGEST_PERSISTENT = {
-    "sm_80": {2: (1024, 1024), 4: (864, 0)},
-    "sm_86": {2: (512, 0), 4: (512, 0)},
-    "sm_90": {2: (1536, 1024), 4: (1024, 1024)},
-    "sm_100": {2: (1024, 1024), 4: (1024, 0)},
-    "sm_120": {2: (512, 0), 4: (512, 0)},
-    "gfx942": {2: (1024, 0), 4: (512, 0)},
-    "gfx950": {2: (1024, 0), 4: (512, 0)},
+    "sm_80": {2: (1024, 1024, 768), 4: (864, 0, 0)},
+    "sm_86": {2: (512, 0, 0), 4: (512, 0, 0)},
+    "sm_90": {2: (1536, 1024, 1024), 4: (1024, 1024, 1024)},
+    "sm_100": {2: (1024, 1024, 1024), 4: (1024, 0, 0)},
+    "sm_120": {2: (512, 0, 0), 4: (512, 0, 0)},
+    "gfx942": {2: (1024, 0, 0), 4: (512, 0, 0)},
+    "gfx950": {2: (1024, 0, 0), 4: (512, 0, 0)},
 }
 # beyond it, what stays: (chunk, chunks kept, columns read at a time) forward and backward, found likewise, by KB of
 # shared memory, bytes of an element and rows of a tile
@@ -182,10 +182,9 @@ def _persistent(problem: Problem, device: Device, backward: bool, BLOCK_B: int, 
     itemsize, H, target = problem.dtype.itemsize, problem.H, device.target
     if itemsize == 4 and device.kind == "cuda" and not problem.tf32:
         return None  # no matrix unit of NVIDIA's multiplies float32, and W_hh spills as an operand of plain FMAs
-    largest = _LARGEST_PERSISTENT.get(target, {}).get(itemsize, (0, 0))[BLOCK_B > 16]
-    ragged = H * itemsize % 16 > 0  # rows of gates are not aligned: more addresses of them in registers
-    if ragged and BLOCK_B > 16 and target == "sm_80":
-        largest = min(largest, 768)
+    wide = BLOCK_B > 16
+    ragged = H * itemsize % 16 > 0  # rows of gates are not aligned: read in smaller pieces, more addresses in registers
+    largest = _LARGEST_PERSISTENT.get(target, {}).get(itemsize, (0, 0, 0))[wide * (1 + ragged)]
     held = 2 * H if layers > 1 else H  # columns: in a stack W_ih stands beside W_hh
     shared = SHARED_MEMORY.get(target, 0) // 1024
     BLOCK_H = 8 if itemsize == 4 and device.kind == "cuda" and (shared < 128 or held > 512) and largest >= held else 16
@@ -194,7 +193,7 @@ def _persistent(problem: Problem, device: Device, backward: bool, BLOCK_B: int, 
         return None
     if largest < H:
         # wide tiles, and TF32 on a small chip, leave no registers for such addresses
-        spills = (ragged and (BLOCK_B > 16 or (itemsize == 4 and shared < 128))) or (target, itemsize) == ("sm_120", 4)
+        spills = (ragged and (wide or (itemsize == 4 and shared < 128))) or (target, itemsize) == ("sm_120", 4)
         if spills or (shared, itemsize, BLOCK_B) not in _STREAMING:
             return None
         BLOCK_K, KEPT, TAIL_K = _STREAMING[shared, itemsize, BLOCK_B][backward]
@@ -202,7 +201,7 @@ def _persistent(problem: Problem, device: Device, backward: bool, BLOCK_B: int, 
         return Plan("streaming", BLOCK_H, BLOCK_B, BLOCK_K, 8, 1, TAIL_K, KEPT, 1, 1 if backward else 8, groups)
     # forward they meet each its own h, in chunks of their own; backward both the same dgates
     columns = 2 * -(-H // BLOCK_H) * BLOCK_H if layers > 1 and backward else H
-    (BLOCK_K, TAIL_K), SPLIT, ahead, num_warps = _persistent_layout(columns, BLOCK_B > 16, itemsize, target, backward)
+    (BLOCK_K, TAIL_K), SPLIT, ahead, num_warps = _persistent_layout(columns, wide, ragged, itemsize, target, backward)
     KEPT = -(-(columns - TAIL_K) // BLOCK_K)
     AHEAD = min(ahead, KEPT + 1)
     regime = "wavefront" if layers > 1 else "persistent"
@@ -210,10 +209,9 @@ def _persistent(problem: Problem, device: Device, backward: bool, BLOCK_B: int, 
 
 
 def _persistent_layout(
-    H: int, wide: bool, itemsize: int, target: str, backward: bool
+    H: int, wide: bool, ragged: bool, itemsize: int, target: str, backward: bool
 ) -> tuple[tuple[int, int], int, int, int]:
     """Return (`_chunks`, SPLIT, AHEAD, warps) as found by compiling."""
-    ragged = H * itemsize % 16 > 0  # rows of gates are read in smaller pieces, each with an address in registers
     if target.startswith("gfx"):  # W_hh in registers
         chunks = _chunks(H, 256 if itemsize == 2 else 128)
         return (chunks, 1, 1, 8 if itemsize == 2 else 4) if backward else (chunks, 1, 1, 4)

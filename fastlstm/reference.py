@@ -22,6 +22,7 @@ faster.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -159,26 +160,23 @@ def lstm_infer(
         weights = _by_gate(w_ih[rows], None if bias is None else bias[rows], w_hh[d], dtype)
         w_hr_t = None if w_hr is None else _transposed(w_hr[d].to(dtype))
         output_steps = output[:, d * P : (d + 1) * P].split(sizes)
-        # a view costs as much as a small op, so none is made twice
-        x_d, h_d, c_d, for_each_gate = operand[d, :, :I], h_n[d], c_n[d], operand[d].expand(4, B, K)
-        views = {}
-        for n in set(sizes):
+        for n, steps in itertools.groupby(_order(len(sizes), d), sizes.__getitem__):
+            # a view costs as much as a small op, so none is made twice
+            x_t, h, c, inputs = operand[d, :n, :I], h_n[d, :n], c_n[d, :n], operand[d, :n].expand(4, n, K)
             gates = all_gates.as_strided((4, n, H), (n * H, H, 1))
-            views[n] = x_d[:n], h_d[:n], c_d[:n], for_each_gate[:, :n], gates, gates[:3], *gates.unbind()
+            i_f_o, (i, f, o, g) = gates[:3], gates.unbind()
+            for t in steps:
+                x_t.copy_(x_steps[t])
+                torch.bmm(inputs, weights, out=gates)
+                i_f_o.sigmoid_()
+                c.mul_(f).addcmul_(i, g.tanh_())
 
-        for t in _order(len(sizes), d):
-            x_t, h, c, inputs, gates, i_f_o, i, f, o, g = views[sizes[t]]
-            x_t.copy_(x_steps[t])
-            torch.bmm(inputs, weights, out=gates)
-            i_f_o.sigmoid_()
-            c.mul_(f).addcmul_(i, g.tanh_())
-
-            to, other = (h, output_steps[t]) if narrow else (output_steps[t], h)
-            if w_hr_t is None:
-                torch.tanh(c, out=to).mul_(o)
-            else:
-                torch.mm(o.mul_(c.tanh()), w_hr_t, out=to)
-            other.copy_(to)
+                to, other = (h, output_steps[t]) if narrow else (output_steps[t], h)
+                if w_hr_t is None:
+                    torch.tanh(c, out=to).mul_(o)
+                else:
+                    torch.mm(o.mul_(c.tanh()), w_hr_t, out=to)
+                other.copy_(to)
     h_n = h_n.to(h0.dtype, copy=True, memory_format=torch.contiguous_format)
     return output, h_n, c_n.to(h0.dtype), x.new_empty(0), x.new_empty(0, dtype=dtype)
 

@@ -21,7 +21,7 @@ from scheduler import scheduled
 from triton.runtime import interpreter
 
 import fastlstm
-from fastlstm import autograd, functional, packing
+from fastlstm import functional, ops, packing
 from fastlstm.dispatch import interpreting
 from fastlstm.kernels import launch
 
@@ -56,7 +56,7 @@ class Places(TorchDispatchMode):
                 run(kernel, *args, **kwargs)
 
             with OnHost.device, self, patch.object(interpreter.InterpretedFunction, "run", watched):
-                return getattr(autograd, func._opname)._init_fn(*args, **kwargs)
+                return getattr(ops, func._opname)._init_fn(*args, **kwargs)
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         from_host = [isinstance(tensor, OnHost) for tensor in tensors]
         to_host = kwargs["device"] == OnHost.device if kwargs.get("device") else all(from_host)

@@ -9,7 +9,7 @@ import torch
 from helpers import Layer, assert_close, make_layer_inputs, run_lstm
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastlstm.autograd import first_step, lstm_backward, lstm_forward, zero_states
+from fastlstm.ops import first_step, lstm_backward, lstm_forward, zero_states
 from fastlstm.weights import by_kind, spread
 
 SHAPE = {"I": 7, "H": 5, "lengths": (4, 3, 3)}

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 import fastlstm
-from fastlstm import autograd
+from fastlstm import autograd, ops
 from fastlstm.dispatch import interpreting
 
 BACKENDS = ["reference", pytest.param("triton", marks=INTERPRETED)]
@@ -115,7 +115,7 @@ def test_rows_in_pieces_give_the_same(packed, monkeypatch):
     x, h0, c0, weights, batch_sizes = layer_arguments(packed, torch.bfloat16)
     output = autograd.lstm_forward(x, h0, c0, weights, batch_sizes, True, False, "reference", False)[0]
     whole = autograd.lstm_gates(x, h0, output, weights, batch_sizes)
-    monkeypatch.setattr(autograd, "_WIDE_ELEMENTS", 3 * 4 * H)
+    monkeypatch.setattr(ops, "_WIDE_ELEMENTS", 3 * 4 * H)
     assert units_apart(autograd.lstm_gates(x, h0, output, weights, batch_sizes), whole) <= 1
 
 
