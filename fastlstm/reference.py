@@ -126,7 +126,7 @@ def lstm_infer(
     """Run a layer for no backward pass, one product a step: [x_t, 1, h_{t-1}] [W_ih, b, W_hh]^T.
 
     Nothing has the size of all gates, and states stay where they are: a row that has ended, or has not begun, is not
-    touched. The gates lie one after the other, since torch's tanh takes twice as long over parts of rows.
+    touched.
 
     Args:
         x: [N, I], rows as the module docstring lays them out.
@@ -153,23 +153,24 @@ def lstm_infer(
     operand[:, :, I] = 1
     h_n = operand[:, :, I + 1 :].copy_(h0)
     c_n = c0.to(dtype, copy=True, memory_format=torch.contiguous_format)
-    all_gates = x.new_empty(4 * B * H, dtype=dtype)
+    all_gates, all_g = x.new_empty(B, 4 * H, dtype=dtype), x.new_empty(B, H, dtype=dtype)
 
     for d in range(D):
         rows = slice(d * 4 * H, (d + 1) * 4 * H)
-        weights = _by_gate(w_ih[rows], None if bias is None else bias[rows], w_hh[d], dtype)
+        weights = _joined(w_ih[rows], None if bias is None else bias[rows], w_hh[d], dtype)
         w_hr_t = None if w_hr is None else _transposed(w_hr[d].to(dtype))
         output_steps = output[:, d * P : (d + 1) * P].split(sizes)
+        of_all = operand[d], operand[d, :, :I], h_n[d], c_n[d], all_gates, all_gates[:, : 3 * H], all_g
         for n, steps in itertools.groupby(_order(len(sizes), d), sizes.__getitem__):
             # a view costs as much as a small op, so none is made twice
-            x_t, h, c, inputs = operand[d, :n, :I], h_n[d, :n], c_n[d, :n], operand[d, :n].expand(4, n, K)
-            gates = all_gates.as_strided((4, n, H), (n * H, H, 1))
-            i_f_o, (i, f, o, g) = gates[:3], gates.unbind()
+            inputs, x_t, h, c, gates, i_f_o, tanh_g = (rows_of[:n] for rows_of in of_all)
+            i, f, o, g = gates.chunk(4, 1)
             for t in steps:
                 x_t.copy_(x_steps[t])
-                torch.bmm(inputs, weights, out=gates)
+                torch.mm(inputs, weights, out=gates)
                 i_f_o.sigmoid_()
-                c.mul_(f).addcmul_(i, g.tanh_())
+                # torch's tanh takes twice as long over parts of rows
+                c.mul_(f).addcmul_(i, tanh_g.copy_(g).tanh_())
 
                 to, other = (h, output_steps[t]) if narrow else (output_steps[t], h)
                 if w_hr_t is None:
@@ -357,23 +358,25 @@ def _order(T: int, d: int) -> range:
     return range(T) if d == 0 else range(T - 1, -1, -1)
 
 
-def _by_gate(w_ih: Tensor, bias: Tensor | None, w_hh: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return [W_ih, b, W_hh]^T of each gate, [4, I + 1 + P, H], in the order i, f, o, g."""
+def _joined(w_ih: Tensor, bias: Tensor | None, w_hh: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return [W_ih, b, W_hh]^T, [I + 1 + P, 4H], its gates in the order i, f, o, g."""
     I, H = w_ih.shape[1], len(w_ih) // 4  # noqa: E741
-    weights = w_ih.new_empty(4, I + 1 + w_hh.shape[1], H, dtype=dtype)
-    for gate, k in zip(weights, (0, 1, 3, 2), strict=True):
+    weights = _gapped(w_ih, I + 1 + w_hh.shape[1], 4 * H, dtype)
+    for columns, k in zip(weights.chunk(4, 1), (0, 1, 3, 2), strict=True):
         rows = slice(k * H, (k + 1) * H)
-        gate[:I], gate[I + 1 :] = w_ih[rows].t(), w_hh[rows].t()
-        gate[I] = 0 if bias is None else bias[rows]
+        columns[:I], columns[I + 1 :] = w_ih[rows].t(), w_hh[rows].t()
+        columns[I] = 0 if bias is None else bias[rows]
     return weights
 
 
 def _transposed(w: Tensor) -> Tensor:
-    """Return w^T as MKL multiplies a few rows by it fastest: small matrices laid out anew, a cache line between rows.
+    """Return w^T as MKL multiplies a few rows by it fastest: small matrices laid out anew.
 
-    It gives a tenth at 10 rows and a third to a half at 2; without the gap, columns would fall on the same cache sets.
+    It gives a tenth at 10 rows and a third to a half at 2.
     """
-    if w.numel() > 1 << 18:
-        return w.t()
-    gap = 64 // w.element_size()
-    return w.new_empty(w.shape[1], w.shape[0] + gap)[:, : w.shape[0]].copy_(w.t())
+    return w.t() if w.numel() > 1 << 18 else _gapped(w, w.shape[1], w.shape[0], w.dtype).copy_(w.t())
+
+
+def _gapped(like: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """Return room for a matrix, a cache line between rows: without it, columns would fall on the same cache sets."""
+    return like.new_empty(rows, columns + 64 // dtype.itemsize, dtype=dtype)[:, :columns]
