@@ -23,7 +23,7 @@ _OURS = {target: stock for stock, target in _STOCK.items()}
 
 # what nn.LSTM.forward calls on itself and ours does not, and names that ours adds
 _STEPS = ("check_input", "check_hidden_size", "check_forward_args", "get_expected_hidden_size", "permute_hidden")
-_ADDED = ("backend", "current_weights", "weights_for_cudnn")
+_ADDED = ("backend", "recompute", "current_weights", "weights_for_cudnn")
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def revert(model: nn.Module) -> Report:
         original = getattr(current, "_converted_from", None) or _OURS.get(current)
         if original is not None:
             _change_class(module, original)
-            for attribute in ("backend", "_flat_pointers", "_flat_storage"):
+            for attribute in ("backend", "recompute", "_flat_pointers", "_flat_storage"):
                 vars(module).pop(attribute, None)
             if isinstance(module, nn.RNNBase):
                 module._init_flat_weights()
@@ -152,7 +152,7 @@ def _obstacle(module: nn.Module, original: type[nn.Module]) -> str | None:
         if getattr(original, name, None) is not getattr(stock, name, None):
             return f"{original.__qualname__} overrides {name}, which fastlstm does not call"
     for name in _ADDED:
-        if hasattr(module, name):
+        if hasattr(_STOCK[stock], name) and hasattr(module, name):
             return f"{original.__qualname__} has an attribute {name}, which fastlstm would add"
     return ""
 

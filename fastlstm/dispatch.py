@@ -1,4 +1,4 @@
-"""Which code runs a call, and why: a pure function of a problem and a device, which need not be there.
+"""Which code runs a call, and why, from a problem and a device, which need not be there.
 
 `decide` names a backend; `plans.py` lays out the Triton kernels for it. What `tuning.py` has timed comes in as an
 argument; without it a rule decides, and on a GPU the rule is shy, since it must not lose to cuDNN anywhere.
@@ -93,7 +93,7 @@ input_size=3, hidden_size=4, num_layers=1, directions=1.
     """
     reason = "It was asked for by name."
     if backend == "auto":
-        backend = os.environ.get("FASTLSTM_BACKEND") or "auto"
+        backend = override()
         reason = "FASTLSTM_BACKEND asks for it."
         if backend not in BACKENDS:
             raise ValueError(f"FASTLSTM_BACKEND must be one of {', '.join(BACKENDS)}, got {backend!r}")
@@ -118,6 +118,11 @@ input_size=3, hidden_size=4, num_layers=1, directions=1.
             raise RuntimeError(f"backend='triton' cannot run here: {obstacle}")
         regime = plans.choose(problem, device, layout=layout).regime
     return Decision(backend, regime, reason, problem, device, times, layout)
+
+
+def override() -> str:
+    """Return what FASTLSTM_BACKEND asks for where a call leaves it to "auto"; that where it is not set."""
+    return os.environ.get("FASTLSTM_BACKEND") or "auto"
 
 
 def is_implementation(text: str) -> bool:
@@ -146,7 +151,7 @@ def decide_layer(problem: Problem, device: Device) -> str:
     Stock's op is no choice there, since it does not yield what is saved, so nothing needs to be timed: of the others,
     the reference makes ten launches a step where our kernels make one at most.
     """
-    if os.environ.get("FASTLSTM_BACKEND", "auto") not in ("", "auto"):
+    if override() != "auto":
         return decide(problem, device).backend
     return "triton" if has_choice(problem, device) else "reference"
 

@@ -8,7 +8,6 @@ runs it, and gives the result back in the form of the input. Both speak torch's 
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -210,12 +209,12 @@ def _decide(
     training = torch.is_grad_enabled() and (
         data.requires_grad or any(w.requires_grad for w in weights) or any(s.requires_grad for s in states)
     )
-    sizes = (T, B, network.input_size, network.hidden_size, network.proj_size, network.num_layers)
     D = 2 if network.bidirectional else 1
+    sizes = (T, B, network.input_size, network.hidden_size, network.proj_size, network.num_layers, D)
     backend = network.backend
     compiling = torch.compiler.is_compiling()
     if compiling or (backend == "auto" and autograd.transformed()):
-        problem = Problem(*sizes, D, data.dtype, training, runs)
+        problem = Problem(*sizes, data.dtype, training, runs)
         device = Device(data.device.type, data.device.type)
         if not compiling:
             reason = "torch.func and forward-mode AD see into plain torch ops only."
@@ -224,18 +223,18 @@ def _decide(
         chosen = "reference" if backend == "torch" else backend
         return dispatch.Decision(chosen, "compiled", "torch.compile is tracing.", problem, device)
     if network.recompute and training and backend == "auto":
-        problem = Problem(*sizes, D, data.dtype, training, runs)
+        problem = Problem(*sizes, data.dtype, training, runs)
         device = device_of(data.device)
         decision = dispatch.decide(problem, device, dispatch.decide_layer(problem, device))
         return replace(decision, reason="It can recompute its gates, which stock's op cannot.")
-    override = os.environ.get("FASTLSTM_BACKEND") if backend == "auto" else None
+    override = dispatch.override() if backend == "auto" else ""
     dtype = autocast.dtype_for(data)
     tf32 = data.is_cuda and allows_tf32()
     apart = bool((network.dropout and network.training) or (network.recompute and training))
-    problem = (*sizes, D, dtype or data.dtype, training, runs, tf32, apart)
+    problem = (*sizes, dtype or data.dtype, training, runs, tf32, apart)
     device = device_of(data.device)
     times: dispatch.Times = ()
-    if backend == "auto" and override in (None, "", "auto") and device.kind != "cpu":
+    if override == "auto" and device.kind != "cpu":
         times = tuning.times(Problem(*problem), device, data.device, trial)
         device = device_of(data.device)  # a trial may have found that it has fewer processors for us
     return _decision(backend, override, dtype is not None, device, times, *problem)
@@ -243,12 +242,12 @@ def _decide(
 
 @functools.lru_cache(maxsize=4096)
 def _decision(
-    backend: str, override: str | None, lowered: bool, device: Device, times: dispatch.Times, *problem: Any
+    backend: str, override: str, lowered: bool, device: Device, times: dispatch.Times, *problem: Any
 ) -> dispatch.Decision:
-    """Decide once for each kind of call; `override` is FASTLSTM_BACKEND, which `decide` reads itself."""
+    """Decide once for each kind of call; `override`, for "auto", is what `decide` asks for itself, or else empty."""
     decision = dispatch.decide(Problem(*problem), device, backend, times)
     p = decision.problem
-    on_cpu = lowered and device.kind == "cpu" and backend == "auto" and not override
+    on_cpu = lowered and device.kind == "cpu" and override == "auto"
     if on_cpu and decision.regime == "step":  # the cell is another op to autocast
         return replace(decision, regime="stock", reason="Stock's own op runs under autocast.")
     if on_cpu and decision.backend == "torch" and p.dtype == torch.float16 and not p.runs and not p.P:

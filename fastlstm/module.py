@@ -7,7 +7,6 @@ are read afresh on every call: nothing caches them, so nothing is stale and ther
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from typing import Any
 
@@ -186,7 +185,7 @@ class LSTM(nn.RNNBase):
     def extra_repr(self) -> str:
         """Return torch's own, and the backend where it is not "auto"."""
         backend = "" if self.backend == "auto" else f", backend={self.backend!r}"
-        return super().extra_repr() + backend + ", recompute=True" * self.recompute
+        return super().extra_repr() + backend + (", recompute=True" if self.recompute else "")
 
     def __getstate__(self) -> dict[str, Any]:
         addresses = ("_flat_pointers", "_flat_storage")  # they mean nothing in a copy
@@ -241,10 +240,9 @@ class LSTMCell(nn.LSTMCell):
 
     def forward(self, input: Tensor, hx: States | None = None) -> States:
         """Run one step; the class docstring says on what."""
-        backend = _cell_backend(self)
-        if backend in ("auto", "torch"):
+        if self.backend == "torch" or (self.backend == "auto" and dispatch.override() in ("auto", "torch")):
             return self._run_stock(input, hx)
-        _, (h, c) = functional.forward(*_one_step(self, input, hx, backend))
+        _, (h, c) = functional.forward(*_one_step(self, input, hx, self.backend))
         h, c = h.squeeze(0), c.squeeze(0)
         return (h, c) if input.dim() == 2 else (h.squeeze(0), c.squeeze(0))
 
@@ -294,19 +292,10 @@ def explain(module: LSTM | LSTMCell, input: Tensor | PackedSequence, hx: States 
         return functional.prepare(module, module.current_weights(), input, hx)[-1]
     if not isinstance(module, LSTMCell):
         raise TypeError(f"module must be a fastlstm.LSTM or fastlstm.LSTMCell, got {type(module).__name__}")
-    backend = _cell_backend(module)
-    asked = "torch" if backend == "auto" else backend
-    decision = functional.prepare(*_one_step(module, input, hx, asked))[-1]
-    if backend == "auto":
-        reason = "Stock's own op runs, since a single step leaves nothing to keep on the chip."
-        return replace(decision, reason=reason)
-    return decision
-
-
-def _cell_backend(cell: LSTMCell) -> str:
-    if cell.backend == "auto":
-        return os.environ.get("FASTLSTM_BACKEND") or "auto"
-    return cell.backend
+    if module.backend != "auto" or dispatch.override() != "auto":
+        return functional.prepare(*_one_step(module, input, hx, module.backend))[-1]
+    decision = functional.prepare(*_one_step(module, input, hx, "torch"))[-1]
+    return replace(decision, reason="Stock's own op runs, since a single step leaves nothing to keep on the chip.")
 
 
 def _one_step(

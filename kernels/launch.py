@@ -1,7 +1,7 @@
 """From tensors to launches: allocate the results, pick a plan, run the recurrence, add the projection around it.
 
 `lstm_forward` and `lstm_backward` have the signatures of those in `fastlstm.reference`, and a plan. Triton is
-imported when this module is; nothing else in the package imports it.
+imported when this module is, which nothing outside the kernels does before it is needed.
 """
 
 from __future__ import annotations

@@ -198,22 +198,28 @@ def test_what_is_left_alone_is_reported():
     replaced_forward.forward = lambda x: x
     attribute: Any = nn.LSTM(I, 4)
     attribute.backend = "mine"
+    recompute: Any = nn.LSTM(I, 4)
+    cell: Any = nn.LSTMCell(I, 4)
+    recompute.recompute = cell.recompute = 5
     model = nn.ModuleDict(
         {
             "strict": Strict(I, 4),
             "ours": fastlstm.LSTM(I, 4),
             "patched": replaced_forward,
             "taken": attribute,
+            "taken too": recompute,
+            "free": cell,
             "other": Wrapper(),
         }
     )
     report = fastlstm.convert(model, backend="reference")
-    assert list(report.replaced) == ["other.rnn"]
+    assert list(report.replaced) == ["free", "other.rnn"]
     assert report.skipped == {
         "strict": "Strict overrides check_forward_args, which fastlstm does not call",
         "ours": "already a fastlstm.LSTM(3, 4)",
         "patched": "its forward was replaced on the instance",
         "taken": "LSTM has an attribute backend, which fastlstm would add",
+        "taken too": "LSTM has an attribute recompute, which fastlstm would add",
     }
     assert type(model["strict"]) is Strict
     assert "  strict: skipped, Strict overrides" in str(report)
@@ -252,6 +258,8 @@ def test_revert_undoes_convert():
         "alias": "torch.nn.LSTM(3, 4)",
     }
     assert [set(vars(m)) for m in model.modules()] == keys
+    assert fastlstm.revert(ours := nn.Sequential(fastlstm.LSTM(I, 4))).replaced
+    assert vars(ours[0]).keys() == vars(nn.LSTM(I, 4)).keys()
     assert [type(m).__name__ for m in model.modules()] == [c.__name__ for c in classes]
     assert type(model["plain"]) is nn.LSTM
     assert all(mine is before for mine, before in zip(model.parameters(), parameters, strict=True))

@@ -215,10 +215,12 @@ def test_environment_overrides_auto_only(monkeypatch):
     monkeypatch.setenv("FASTLSTM_BACKEND", "reference")
     assert fastlstm.explain(make_pair()[1], x).backend == "reference"
     assert fastlstm.explain(make_pair("torch")[1], x).backend == "torch"
-    assert fastlstm.explain(cell, x[0]).backend == "reference"
+    decision = fastlstm.explain(cell, x[0])
+    assert (decision.backend, decision.reason) == ("reference", "FASTLSTM_BACKEND asks for it.")
     monkeypatch.setenv("FASTLSTM_BACKEND", "fast")
-    with pytest.raises(ValueError, match="FASTLSTM_BACKEND must be one of"):
-        make_pair()[1](x)
+    for module, input in ((make_pair()[1], x), (cell, x[0])):
+        with pytest.raises(ValueError, match="FASTLSTM_BACKEND must be one of"):
+            module(input)
 
 
 def test_cell_with_a_computed_weight():
