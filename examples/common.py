@@ -74,11 +74,11 @@ def fit(model: nn.Module, loss: Callable[[], Tensor], steps: int, learning_rate:
     return losses
 
 
-def explain_and_compare(model: M, loss: Callable[[M], Tensor], rounds: int = 15) -> None:
+def explain_and_compare(options: argparse.Namespace, model: M, loss: Callable[[M], Tensor], rounds: int = 15) -> None:
     """Print what fastlstm runs for each LSTM of `model`, and its time beside stock's on this very model.
 
     `loss(model)` is the model's loss on one batch. What is timed is that and, if it asks for a gradient, its backward:
-    stock and ours in turns, for `rounds` rounds or three seconds.
+    stock and ours in turns, for `rounds` rounds or three seconds, or once in smoke mode.
     """
     stock, ours = copy.deepcopy(model), copy.deepcopy(model)
     fastlstm.revert(stock)
@@ -97,6 +97,7 @@ def explain_and_compare(model: M, loss: Callable[[M], Tensor], rounds: int = 15)
     print(*decisions.values(), sep="\n")
 
     pairs, begin = [], time.perf_counter()
+    rounds = 1 if options.smoke else rounds
     while len(pairs) < rounds and (len(pairs) < 3 or time.perf_counter() - begin < 3):
         pairs.append((_seconds(stock, loss), _seconds(ours, loss)))
     theirs, own = (1e3 * statistics.median(times) for times in zip(*pairs, strict=True))

@@ -90,7 +90,7 @@ def learn(name: str, options: argparse.Namespace) -> dict[str, float]:
         return nn.functional.cross_entropy(logits, classes[batch], label_smoothing=0.05)
 
     fit(model, lambda: loss(model), 10 if options.smoke else 250, learning_rate=0.01)
-    explain_and_compare(model, loss, rounds=3 if options.smoke else 15)
+    explain_and_compare(options, model, loss)
 
     length = max(map(len, recordings + test))
     nearest = torch.cdist(resample(test, length), resample(recordings, length)).argmin(1)

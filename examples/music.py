@@ -97,7 +97,7 @@ def main() -> None:
 
     model = Melodist(len(alphabet))
     fit(model, lambda: model.loss(random.sample(seen, BATCH)), 10 if options.smoke else 1000, learning_rate=0.004)
-    explain_and_compare(model, lambda each: each.loss(seen[:BATCH]))
+    explain_and_compare(options, model, lambda each: each.loss(seen[:BATCH]))
 
     model.eval().requires_grad_(False)
     bits = model.loss(held_out).item() / math.log(2)

@@ -70,7 +70,7 @@ def main() -> None:
         return nn.functional.binary_cross_entropy_with_logits(logits, good[batch])
 
     fit(model, lambda: loss(model, random.sample(seen, BATCH)), steps, learning_rate=0.005)
-    explain_and_compare(model, lambda each: loss(each, seen[:BATCH]))
+    explain_and_compare(options, model, lambda each: loss(each, seen[:BATCH]))
 
     model.eval().requires_grad_(False)
     probabilities = model(test_words).sigmoid()

@@ -69,7 +69,7 @@ def main() -> None:
 
     fit(model, lambda: loss(model, draw()), steps, learning_rate=0.005)
 
-    explain_and_compare(model, lambda each: loss(each, past.view(-1, 1, 1)))
+    explain_and_compare(options, model, lambda each: loss(each, past.view(-1, 1, 1)))
 
     model.requires_grad_(False)
     at_once, _ = model(stream.view(-1, 1, 1))
@@ -84,7 +84,7 @@ def main() -> None:
     difference = (live - at_once.flatten()).abs().max()
     print(f"live against at once: largest difference {difference:.1e} over {len(live)} steps")
     print(f"latency of a step: p50 {p50:.3f} ms, p99 {p99:.3f} ms")
-    explain_and_compare(model, lambda each: each(stream[:1].view(1, 1, 1))[0], rounds=500)
+    explain_and_compare(options, model, lambda each: each(stream[:1].view(1, 1, 1))[0], rounds=500)
 
     # least squares over the last HISTORY samples; all are scored where no sample they see or foretell was anomalous
     lags, target = past.unfold(0, HISTORY, 1)[:-AHEAD], past[HISTORY - 1 + AHEAD :, None]

@@ -98,7 +98,7 @@ def main() -> None:
 
     model = Tagger()
     fit(model, lambda: loss(model, random.sample(seen, BATCH)), 12 if options.smoke else 600, learning_rate=0.01)
-    explain_and_compare(model, lambda each: loss(each, seen[:BATCH]))
+    explain_and_compare(options, model, lambda each: loss(each, seen[:BATCH]))
 
     model.requires_grad_(False)
     truth = classes(test)

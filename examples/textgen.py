@@ -93,7 +93,7 @@ def main() -> None:
         return bits(logits, piece[1:])
 
     curve = fit(model, next_loss, steps, learning_rate=4e-3)
-    explain_and_compare(model, lambda each: bits(each(streams[:PIECE])[0], streams[1 : PIECE + 1]))
+    explain_and_compare(options, model, lambda each: bits(each(streams[:PIECE])[0], streams[1 : PIECE + 1]))
 
     model.eval().requires_grad_(False)
     characters = torch.tensor(list(held_out.encode())).unsqueeze(1)

@@ -94,7 +94,7 @@ def main() -> None:
     seen, test = split(pairs, 1 / 500 if options.smoke else 1 / 20, validate=options.validate)
     model = Translator(sorted({letter for pair in pairs for name in pair for letter in name}))
     fit(model, lambda: model.loss(random.sample(seen, BATCH)), 12 if options.smoke else 1200, learning_rate=0.004)
-    explain_and_compare(model, lambda each: each.loss(seen[:BATCH]))
+    explain_and_compare(options, model, lambda each: each.loss(seen[:BATCH]))
 
     model.eval().requires_grad_(False)
     english, french = np.array(test).T

@@ -76,7 +76,7 @@ def main() -> None:
         return pinball(model(days[stretch]), targets[stretch])
 
     fit(model, lambda: loss(model), 10 if options.smoke else 800, learning_rate=0.005)
-    explain_and_compare(model, loss)
+    explain_and_compare(options, model, loss)
 
     model.eval().requires_grad_(False)
     today = slice(first_test - 1, len(targets))  # each forecast is made on the day before

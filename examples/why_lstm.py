@@ -90,7 +90,7 @@ def main() -> None:
         steps = 20 if options.smoke else 1500
         losses[name] = fit(model, lambda: loss(model, *draw(BATCH)), steps, learning_rate=0.01)  # noqa: B023
         errors[name] = loss(model, test, sums).item()
-    explain_and_compare(models["LSTM"], lambda each: loss(each, test[:BATCH], sums[:BATCH]))
+    explain_and_compare(options, models["LSTM"], lambda each: loss(each, test[:BATCH], sums[:BATCH]))
     always_one = nn.functional.mse_loss(torch.ones_like(sums), sums).item()
     baselines = {"always 1": always_one, "RNN": errors["RNN"]}
     report(f"squared error on {len(test)} fresh sequences", errors["LSTM"], baselines, better="lower")

@@ -59,23 +59,12 @@ def may_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _rounded_bfloat16():
-    """Have Triton's interpreter round float32 to the nearest bfloat16, as every GPU does; it cuts."""
+def _interpreter():
+    """Prepare Triton's interpreter, where it is on."""
     if not (interpreting() and has_triton()):
         yield
         return
-    import numpy as np
-    import triton.language as tl
-    from triton.runtime import interpreter
+    from interpreter import prepared
 
-    convert = interpreter._convert_float
-
-    def rounded(input, input_dtype, output_dtype, rounding_mode):
-        if (input_dtype, output_dtype) != (tl.float32, tl.bfloat16):
-            return convert(input, input_dtype, output_dtype, rounding_mode)
-        values = torch.from_numpy(np.array(input).view(np.float32).reshape(input.shape))
-        return values.bfloat16().view(torch.uint16).numpy()
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(interpreter, "_convert_float", rounded)
+    with prepared():
         yield

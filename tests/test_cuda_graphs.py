@@ -118,9 +118,10 @@ def test_nothing_is_brought_or_asked(regime, options, packed, monkeypatch):
         expected = step(lstm, x, hx)
         if packed:
             x = x._replace(batch_sizes=x.batch_sizes.as_subclass(OnHost))
-            with OnHost.device, Places() as places:  # what this test sees: batch sizes are not brought
-                step(lstm, x, hx)
-            assert places.found
+            if not options:  # what this test sees, once: batch sizes are not brought
+                with OnHost.device, Places() as places:
+                    step(lstm, x, hx)
+                assert places.found
             monkeypatch.setattr(packing, "capturing", lambda device: True)
         with OnHost.device, Places() as places:
             results = step(lstm, x, hx)

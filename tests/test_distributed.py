@@ -19,6 +19,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers import TOLERANCES, assert_close, relative_error
+from processes import FRESH
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
@@ -231,7 +232,7 @@ def test_gradients_of_four_processes_are_those_of_one(tmp_path):
 
     # a failed check raises here with the traceback of its process; a hang ends below
     processes: Any = start_processes(
-        train, args=(str(tmp_path / "rendezvous"),), nprocs=WORLD, join=False, start_method="spawn"
+        train, args=(str(tmp_path / "rendezvous"),), nprocs=WORLD, join=False, start_method=FRESH
     )
     deadline = time.monotonic() + 240
     while not processes.join(timeout=5):

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import multiprocessing
 import os
 import random
 import re
-import subprocess
+import runpy
 import sys
+from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from processes import FRESH
 
 import fastlstm
 from examples import common, ngrams
@@ -47,12 +52,27 @@ Scores = dict[str, float]
 
 
 def run(folder: Path, name: str, *flags: str) -> tuple[str, Path]:
-    """Run an example in smoke mode; return what it printed, and where its plot is."""
-    command = [sys.executable, str(ROOT / "examples" / f"{name}.py"), "--smoke", *flags, "--out", str(folder)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return done.stdout, folder / f"{name}.png"
+    """Run an example in smoke mode, in a process of its own; return what it printed, and where its plot is."""
+    process: Any = multiprocessing.get_context(FRESH).Process(target=run_here, args=(folder, name, *flags))
+    process.start()
+    process.join(timeout=300)
+    process.kill()
+    process.join()
+    printed = (folder / "printed").read_text()
+    assert process.exitcode == 0, printed
+    return printed, folder / f"{name}.png"
+
+
+def run_here(folder: Path, name: str, *flags: str) -> None:
+    """Run an example as `python` would."""
+    os.environ["TRITON_INTERPRET"] = "0"
+    torch.set_num_threads(1)
+    os.chdir(folder)
+    script = ROOT / "examples" / f"{name}.py"
+    sys.path[:0] = [str(script.parent), str(ROOT)]
+    sys.argv = [str(script), "--smoke", *flags, "--out", str(folder)]
+    with open("printed", "w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+        runpy.run_path(str(script), run_name="__main__")
 
 
 def results(printed: str) -> list[tuple[str, Scores]]:
@@ -130,7 +150,7 @@ def test_stock_and_fastlstm_are_compared_on_one_model(make_lstm, capsys):
         seen.setdefault(type(each.lstm), set()).add(round(value.item(), 4))
         return value
 
-    common.explain_and_compare(model, loss, rounds=2)
+    common.explain_and_compare(Namespace(smoke=False), model, loss, rounds=2)
     assert set(seen) == {torch.nn.LSTM, fastlstm.LSTM}
     assert seen[torch.nn.LSTM] == seen[fastlstm.LSTM] == {round(loss(model).item(), 4)}
     assert type(model.lstm) is make_lstm

@@ -21,9 +21,9 @@ def run(*arguments: str) -> str:
     return result.stdout
 
 
-# of the persistent plans, and of those of a stack, one for each chunk size (and one that streams): all of them are some
-# hundred compilations
-SAMPLE = r"resident|stepwise|persistent.*-H(512|768|1024|2048)-h\d+-b16"
+# the smallest and the largest that are resident, the wider tiles, and of the persistent plans (and a stack's) those of
+# some chunk sizes, one of which streams: all of them are some hundred compilations
+SAMPLE = r"resident.*-H(16|64|128)-|stepwise.*-b(32|64)-|persistent.*-H(512|1024|2048)-h\d+-b16"
 
 
 # float32 on sm_100 takes the same instructions as on sm_90, and as long to compile

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from pairs import H, I, make_input
+from processes import FRESH
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -122,7 +123,7 @@ def test_a_module_shared_with_another_process():
     x = make_input("unsorted")
     before = lstm(x)[0].data
     train_shared(expected)
-    process: Any = torch.multiprocessing.get_context("spawn").Process(target=train_shared, args=(lstm,))
+    process: Any = torch.multiprocessing.get_context(FRESH).Process(target=train_shared, args=(lstm,))
     process.start()
     process.join(PATIENCE)
     assert process.exitcode == 0
@@ -132,13 +133,15 @@ def test_a_module_shared_with_another_process():
 
 IMPORT = """
 import os, sys, time
+begin = time.process_time()
 import torch
+print("torch", time.process_time() - begin, flush=True)
 loaded = set(sys.modules)
 for _ in range(6):
     if os.fork() == 0:  # each child imports it for the first time
         begin = time.process_time()
         import fastlstm
-        print("ms", 1000 * (time.process_time() - begin), flush=True)
+        print("fastlstm", time.process_time() - begin, flush=True)
         os._exit(0)
     os.wait()
 import fastlstm
@@ -147,18 +150,18 @@ print("modules", *sorted({name.split(".")[0] for name in set(sys.modules) - load
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
-def test_import_is_quick_and_loads_nothing_else(tmp_path):
-    """Over torch's own import: at most 60 ms of one core, no triton, no package but ours."""
-    environment = os.environ | {"PYTHONPYCACHEPREFIX": str(tmp_path), "PYTHONDONTWRITEBYTECODE": ""}
+def test_import_is_quick_and_loads_nothing_else():
+    """Over torch's own import: at most a twentieth of its time, no triton, no package but ours."""
+    environment = os.environ | {"PYTHONDONTWRITEBYTECODE": ""}
     command = [sys.executable, "-c", IMPORT]
     done = subprocess.run(
         command, check=True, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=PATIENCE
     )
     lines = [line.split() for line in done.stdout.splitlines()]
-    times = [float(line[1]) for line in lines if line[0] == "ms"]
+    torchs, *times = [float(line[1]) for line in lines if line[0] in ("torch", "fastlstm")]
     assert len(times) == 6
-    # the first one compiles the source; a child of fork pays about twice for touching torch's pages
-    assert min(times) < 60, times
+    # the first one may compile the source; a child of fork pays about twice for touching torch's pages
+    assert min(times) < torchs / 20, (torchs, times)
     (modules,) = (line[1:] for line in lines if line[0] == "modules")
     assert "fastlstm" in modules
     assert not {name for name in modules if name not in sys.stdlib_module_names} - {"fastlstm"}

@@ -1,0 +1,59 @@
+"""What goes through oneDNN in chunks takes no more memory than stock's op does."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from benchmarks import workloads
+from benchmarks.memory import Meter, way
+from benchmarks.peers import OURS, STOCK
+from benchmarks.results import RESIDENT
+from benchmarks.workloads import Shape, Workload
+from fastlstm import dispatch
+from fastlstm.problem import Problem, device_of
+
+CPU = torch.device("cpu")
+pytestmark = [
+    pytest.mark.skipif(not dispatch._onednn_has(torch.float32), reason="needs oneDNN"),
+    pytest.mark.skipif(way(CPU) != RESIDENT, reason="needs Linux's /proc and glibc"),
+]
+NEEDS_BFLOAT16 = pytest.mark.skipif(not dispatch._onednn_has(torch.bfloat16), reason="needs a CPU with bfloat16")
+# of ours to stock's
+BOUNDS = {("fp32", True): 1.0, ("fp32", False): 0.9, ("bf16", True): 1.1, ("bf16", False): 1.0}
+
+
+@pytest.fixture(scope="module")
+def peak():
+    """Return a function that measures a workload's peak: stock's, and ours."""
+    with Meter(CPU) as meter:
+        yield lambda workload: (meter(workload, STOCK), meter(workload, OURS))
+
+
+@pytest.mark.parametrize("dtype", ["fp32", pytest.param("bf16", marks=NEEDS_BFLOAT16)])
+def test_packed_and_projected(dtype, peak):
+    # the last but one leaves no room for workspaces in bfloat16
+    shapes = [((100, 64, 64, 128), 0), ((100, 48, 256, 48), 0), ((50, 80, 128, 256), 0), ((48, 70, 128, 256), 0)]
+    shapes += [((100, 64, 64, 128), 32)]
+    compared = 0
+    for (sizes, P), training in itertools.product(shapes, (True, False)):
+        problem = Problem(*sizes, P, dtype=workloads.DTYPES[dtype], training=training, runs=2)
+        if dispatch.decide(problem, device_of(CPU)).backend == "torch":
+            continue
+        compared += 1
+        stock, ours = peak(Workload(Shape("s", *sizes), dtype, training, "uniform", proj_size=P))
+        assert stock
+        assert ours
+        assert ours <= BOUNDS[dtype, training] * stock, f"{sizes}, training={training}: {ours}, stock {stock}"
+    assert compared > len(shapes)
+
+
+@pytest.mark.skipif(device_of(CPU).target != "amx", reason="needs a CPU with AMX")
+def test_dense_with_an_odd_number_of_inputs(peak):
+    for sizes in ((128, 64, 129, 64), (128, 64, 513, 128)):
+        stock, ours = peak(Workload(Shape("s", *sizes), "bf16", False))
+        assert stock
+        assert ours
+        assert ours <= stock, f"{sizes}: {ours}, stock {stock}"
