@@ -111,7 +111,8 @@ def candidates(problem: Problem, device: Device, backward: bool = False) -> list
         >>> [plan.regime for plan in candidates(Problem(T=100, B=64, I=64, H=2048, dtype=torch.bfloat16), H100)]
         ['streaming', 'streaming', 'stepwise']
     """
-    device = replace(device, target=_LIKE.get(device.target, device.target))
+    if device.target in _LIKE:
+        device = replace(device, target=_LIKE[device.target])
     vendor = "hip" if device.kind == "hip" else "cuda"
     rdna = vendor == "hip" and not device.target.startswith("gfx9")
     itemsize = problem.dtype.itemsize

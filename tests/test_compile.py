@@ -54,8 +54,9 @@ def run(compiled: Any, x: Any, hx: Any) -> dict[str, torch.Tensor]:
     return {name.replace("_orig_mod.", ""): value for name, value in run_lstm(compiled, x, hx).items()}
 
 
-@pytest.mark.parametrize("with_states", [False, True], ids=["", "hx"])
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    ("form", "with_states"), [*((form, False) for form in FORMS), ("dense", True), ("unsorted", True)]
+)
 def test_one_graph_for_all_lengths(form, with_states):
     stock, ours = make_pair("reference", **OPTIONS, batch_first=form == "batch_first")
     counter = CompileCounterWithBackend("aot_eager")

@@ -95,7 +95,6 @@ def step(lstm: Any, x: Any, hx: Any) -> list[Tensor]:
         ("resident", {"recompute": True, "proj_size": 3}),
         ("stepwise", {"bidirectional": False}),
         ("persistent", {}),
-        ("persistent", {"proj_size": 3}),
         ("wavefront", {"num_layers": 2, "bidirectional": False}),
     ],
     ids=str,

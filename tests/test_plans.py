@@ -50,7 +50,7 @@ def test_plans_enumerates_what_choose_returns(gpu):
         chosen = {
             (backward, dataclasses.replace(plan, groups=0))
             for H in (*range(1, 1600, 9), 128, 512, 1024, 1536, 4096)
-            for B in (1, 8, 16, 17, 64, 1000)
+            for B in (1, 16, 17, 1000)
             for L, D in ((1, 1), (1, 2), (2, 1))
             for backward in (False, True)
             for plan in candidates(problem(H=H, B=B, L=L, D=D, dtype=dtype, tf32=tf32), device, backward)
@@ -134,9 +134,9 @@ def test_odd_sizes_do_not_pay_for_the_next_power_of_two():
 def test_kin_have_the_same_plans():
     for target, other in (("sm_87", "sm_80"), ("sm_89", "sm_86"), ("sm_103", "sm_100"), ("sm_121", "sm_120")):
         for dtype in (torch.float16, torch.float32):
-            assert [*every_plan(dtype, target)] == [*every_plan(dtype, other)]
-            plans = [plan for _, _, plan in every_plan(dtype, target)]
-            assert {"resident", "persistent", "stepwise"} <= {plan.regime for plan in plans}
+            plans = [*every_plan(dtype, target)]
+            assert plans == [*every_plan(dtype, other)]
+            assert {"resident", "persistent", "stepwise"} <= {plan.regime for _, _, plan in plans}
 
 
 @pytest.mark.parametrize("backward", [False, True])

@@ -28,20 +28,15 @@ SAMPLE = r"resident.*-H(16|64|128)-|stepwise.*-b(32|64)-|persistent.*-H(512|1024
 
 # float32 on sm_100 takes the same instructions as on sm_90, and as long to compile
 @pytest.mark.parametrize(
-    ("target", "dtypes"),
-    [
-        ("sm_80", ("float16", "float32")),
-        ("sm_90", ("float16", "float32")),
-        ("sm_100", ("float16",)),
-        ("gfx942", ("float16", "float32")),
-    ],
+    ("targets", "dtypes"), [(("sm_80", "sm_90", "gfx942"), ("float16", "float32")), (("sm_100",), ("float16",))]
 )
-def test_budgets(target, dtypes, tmp_path):
-    command = ("-m", "fastlstm.kernels.targets", "--target", target, "--heaviest", "--json", "--out", str(tmp_path))
-    command += (f"--filter={SAMPLE}", *(f"--dtype={dtype}" for dtype in dtypes))
+def test_budgets(targets, dtypes, tmp_path):
+    command = ("-m", "fastlstm.kernels.targets", "--heaviest", "--json", "--out", str(tmp_path), f"--filter={SAMPLE}")
+    command += (*(f"--target={target}" for target in targets), *(f"--dtype={dtype}" for dtype in dtypes))
     rows = json.loads(run(*command))
-    assert {(row["kernel"], row["dtype"]) for row in rows} == {
-        (f"{direction}_{regime}", dtype)
+    assert {(row["target"], row["kernel"], row["dtype"]) for row in rows} == {
+        (target, f"{direction}_{regime}", dtype)
+        for target in targets
         for direction in ("forward", "backward")
         for regime in ("resident", "persistent", "stepwise")
         for dtype in dtypes
