@@ -39,7 +39,7 @@ def prepared() -> Iterator[None]:
     language = interpreter._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(interpreter, "_convert_float", rounded)
-        patch.setattr(interpreter, "_patch_lang", lambda fn: interpreter._LangPatchScope())
+        patch.setattr(interpreter, "_patch_lang", lambda fn: SimpleNamespace(restore=lambda: None))
         patch.setattr(interpreter, "_get_np_dtype", np_dtype)
         assert not builder.options.debug
         patch.setattr(builder, "options", dataclasses.replace(builder.options, sanitize_overflow=False))

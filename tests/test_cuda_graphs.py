@@ -25,7 +25,7 @@ from fastlstm import functional, ops, packing
 from fastlstm.dispatch import interpreting
 from fastlstm.kernels import launch
 
-LENGTHS = (2, 3, 1)
+LENGTHS = (1, 2, 2)
 WAITING = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 
 
