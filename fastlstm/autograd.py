@@ -93,14 +93,15 @@ def differentiable_backward(
     batch_sizes: Tensor | None,
     stack: bool = False,
 ) -> list[Tensor | None]:
-    """Differentiate the differentiable form, so that the gradients can be differentiated again."""
-    # aliases: a path from one input to another outside this layer must not be counted
-    aliases: list[Any] = [None if t is None else t.view_as(t) for t in inputs]
-    x, h0, c0, *flat = aliases
-    with autocast.off(x.device):
+    """Differentiate the differentiable form, so that the gradients can be differentiated again where that is asked."""
+    again = torch.is_grad_enabled()
+    with autocast.off(inputs[0].device), torch.enable_grad():
+        # aliases: a path from one input to another outside this layer must not be counted
+        aliases: list[Any] = [None if t is None else t.view_as(t) for t in inputs]
+        x, h0, c0, *flat = aliases
         outputs = _differentiable(x, h0, c0, flat, batch_sizes, stack)
     wanted = [alias for alias, needed in zip(aliases, needs, strict=True) if needed and alias is not None]
-    gradients = iter(torch.autograd.grad(outputs, wanted, cotangents, create_graph=True, allow_unused=True))
+    gradients = iter(torch.autograd.grad(outputs, wanted, cotangents, create_graph=again, allow_unused=True))
     return [next(gradients) if needed else None for needed in needs]
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import multiprocessing
+from typing import Any
 
-FRESH = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+FRESH: Any = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
 if FRESH == "forkserver":
     multiprocessing.set_forkserver_preload(["torch._dynamo", "matplotlib.pyplot", "rich.progress", "fastlstm"])

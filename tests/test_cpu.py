@@ -302,6 +302,19 @@ def test_weights_are_laid_out_once_a_direction_for_many_chunks(name, times, cut,
     assert len(calls) == times
 
 
+def test_several_gradients_at_once(cut):
+    cut("some")
+    stock, x, hx = make_packed(I=3, H=4, D=2)
+    layer = Chunked(stock)
+    inputs = [x.data.requires_grad_(), *layer.parameters()]
+    output = layer(x, hx)[0].data
+    cotangents = torch.randn(3, *output.shape)
+    several = torch.autograd.grad(output, inputs, cotangents, is_grads_batched=True, retain_graph=True)
+    for n, cotangent in enumerate(cotangents):
+        one = torch.autograd.grad(output, inputs, cotangent, retain_graph=True)
+        torch.testing.assert_close([gradients[n] for gradients in several], list(one))
+
+
 def test_any_stride(cut):
     cut("a chunk a run")
     stock, x, hx = make_packed(I=3, H=19, D=2)
