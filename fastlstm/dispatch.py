@@ -236,7 +236,7 @@ def _obstacle_to_chunks(p: Problem, target: str) -> str:
         tiles = 15 + (p.B * p.I >> 10) + (weight >> 16) if target == "amx" else 0
         shortest = max(tiles, 24 if p.B * p.H < 128 else 16)
     else:
-        shortest = max(48, p.B * p.I >> 4) if target == "intel" else 24
+        shortest = max(48 if p.P else 80, p.B * p.I >> 4) if target == "intel" else 24
     if (1.5 * shortest if p.P else shortest) > p.T:
         return "a sequence is too short to pay for the call"
     if p.H > 4 * p.P > 0:
@@ -268,7 +268,9 @@ def _products(p: Problem) -> int:
 
 def _mkl_pays(p: Problem) -> bool:
     """Whether a step has so many products that MKL is as fast as oneDNN's layer on an "intel" processor."""
-    return _products(p) > (1 << 17 if p.training or p.P or p.dtype == torch.bfloat16 else 1 << 19)
+    if p.training or p.P or p.dtype == torch.bfloat16:
+        return _products(p) > 1 << 17
+    return _products(p) > min(p.T << 11, 1 << 19)  # a chunk's call costs less the more steps it has
 
 
 def _loop_pays(p: Problem, target: str) -> bool:
@@ -285,5 +287,9 @@ def _loop_pays(p: Problem, target: str) -> bool:
         return False
     if p.dtype == torch.bfloat16:  # stock's products are slower than MKL's of float32
         return p.T >= 16
-    pays = one_product_pays(p.T * p.B, p.B, p.I, p.H, p.P or p.H, p.dtype) and p.I <= 2 * p.H
-    return p.dtype == torch.float32 and pays and _mkl_pays(p) and (24 if p.P else 32) <= p.T
+    wide = p.I / p.H  # stock multiplies all inputs at once
+    shortest = 24 if p.P else max(32, 40 * wide) if _products(p) > 1 << 19 else 72 * max(1, wide)
+    if p.dtype != torch.float32 or wide > 2 or not _mkl_pays(p) or shortest > p.T:
+        return False
+    few = not p.P and _products(p) >= p.B**2 << 13  # rows, and weights too large for what is computed with them
+    return not few and one_product_pays(p.T * p.B, p.B, p.I, p.H, p.P or p.H, p.dtype)
