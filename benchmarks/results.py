@@ -235,6 +235,7 @@ def provenance(result: Result) -> str:
     """One line: machine, threads, versions, commit and date."""
     machine, versions = result["machine"], result["versions"]
     threads = result["settings"]["threads"]
-    device = machine["gpu"] or f"{machine['cpu']}, {threads} thread{'s' * (threads != 1)}"
+    cpu = f"{machine['cpu']} ({machine['capability']}), {threads} thread{'s' * (threads != 1)}"
+    device = machine["gpu"] or cpu
     commit = (result["commit"] or "no commit")[:10] + (" (dirty)" if result["dirty"] else "")
     return f"{device}; torch {versions['torch']}; commit {commit}; {result['date'][:10]}"

@@ -91,7 +91,8 @@ def test_markdown_shows_losers_in_bold():
     ]
     assert "packed" not in readme_table(make_result(), "dense")
     assert "| b/packed/fp32 | forward | **0.80** | 0.76-0.84 | 12.0 | 15.0 |" in markdown(make_result())
-    assert results.provenance(make_result()) == "a processor, 1 thread; torch 2.13.0; commit 0123456789; 2026-01-02"
+    source = "a processor (AVX2), 1 thread; torch 2.13.0; commit 0123456789; 2026-01-02"
+    assert results.provenance(make_result()) == source
 
 
 def test_committed_results_are_readable():
