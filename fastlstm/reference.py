@@ -126,7 +126,8 @@ def lstm_infer(
     """Run a layer for no backward pass, one product a step: [x_t, 1, h_{t-1}] [W_ih, b, W_hh]^T.
 
     Nothing has the size of all gates, and states stay where they are: a row that has ended, or has not begun, is not
-    touched.
+    touched. A product is one for each gate, whose weights lie together, and torch's tanh takes half the time over whole
+    rows; but where H leaves a part of the processor's vectors empty, one for all gates leaves less.
 
     Args:
         x: [N, I], rows as the module docstring lays them out.
@@ -153,24 +154,25 @@ def lstm_infer(
     operand[:, :, I] = 1
     h_n = operand[:, :, I + 1 :].copy_(h0)
     c_n = c0.to(dtype, copy=True, memory_format=torch.contiguous_format)
-    all_gates, all_g = x.new_empty(B, 4 * H, dtype=dtype), x.new_empty(B, H, dtype=dtype)
+    all_gates = x.new_empty(4 * B * H, dtype=dtype)
 
     for d in range(D):
         rows = slice(d * 4 * H, (d + 1) * 4 * H)
         weights = _joined(w_ih[rows], None if bias is None else bias[rows], w_hh[d], dtype)
         w_hr_t = None if w_hr is None else _transposed(w_hr[d].to(dtype))
         output_steps = output[:, d * P : (d + 1) * P].split(sizes)
-        of_all = operand[d], operand[d, :, :I], h_n[d], c_n[d], all_gates, all_gates[:, : 3 * H], all_g
+        of_all = operand[d], operand[d, :, :I], h_n[d], c_n[d]
         for n, steps in itertools.groupby(_order(len(sizes), d), sizes.__getitem__):
             # a view costs as much as a small op, so none is made twice
-            inputs, x_t, h, c, gates, i_f_o, tanh_g = (rows_of[:n] for rows_of in of_all)
-            i, f, o, g = gates.chunk(4, 1)
+            inputs, x_t, h, c = (rows_of[:n] for rows_of in of_all)
+            inputs, products = inputs.expand(len(weights), n, K), all_gates[: 4 * n * H].view(len(weights), n, -1)
+            gates = _by_gate(products, H)
+            i_f_o, (i, f, o, g) = gates[:3], gates.unbind()
             for t in steps:
                 x_t.copy_(x_steps[t])
-                torch.mm(inputs, weights, out=gates)
+                torch.bmm(inputs, weights, out=products)
                 i_f_o.sigmoid_()
-                # torch's tanh takes twice as long over parts of rows
-                c.mul_(f).addcmul_(i, tanh_g.copy_(g).tanh_())
+                c.mul_(f).addcmul_(i, g.tanh_())
 
                 to, other = (h, output_steps[t]) if narrow else (output_steps[t], h)
                 if w_hr_t is None:
@@ -359,24 +361,29 @@ def _order(T: int, d: int) -> range:
 
 
 def _joined(w_ih: Tensor, bias: Tensor | None, w_hh: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return [W_ih, b, W_hh]^T, [I + 1 + P, 4H], its gates in the order i, f, o, g."""
+    """Return [W_ih, b, W_hh]^T, gates in the order i, f, o, g: [4, I + 1 + P, H], or [1, I + 1 + P, 4H] for some H."""
     I, H = w_ih.shape[1], len(w_ih) // 4  # noqa: E741
-    weights = _gapped(w_ih, I + 1 + w_hh.shape[1], 4 * H, dtype)
-    for columns, k in zip(weights.chunk(4, 1), (0, 1, 3, 2), strict=True):
+    parts = 1 if H % 16 else 4
+    weights = w_ih.new_empty(parts, I + 1 + w_hh.shape[1], 4 * H // parts, dtype=dtype)
+    for gate, k in zip(_by_gate(weights, H), (0, 1, 3, 2), strict=True):
         rows = slice(k * H, (k + 1) * H)
-        columns[:I], columns[I + 1 :] = w_ih[rows].t(), w_hh[rows].t()
-        columns[I] = 0 if bias is None else bias[rows]
+        gate[:I], gate[I + 1 :] = w_ih[rows].t(), w_hh[rows].t()
+        gate[I] = 0 if bias is None else bias[rows]
     return weights
 
 
+def _by_gate(tensor: Tensor, H: int) -> Tensor:
+    """Return the gates [4, K, H] of a tensor [4, K, H] or [1, K, 4H]."""
+    parts, K, _ = tensor.shape
+    return tensor if parts == 4 else tensor.view(K, 4, H).transpose(0, 1)
+
+
 def _transposed(w: Tensor) -> Tensor:
-    """Return w^T as MKL multiplies a few rows by it fastest: small matrices laid out anew.
+    """Return w^T as MKL multiplies a few rows by it fastest: small matrices laid out anew, a cache line between rows.
 
-    It gives a tenth at 10 rows and a third to a half at 2.
+    It gives a tenth at 10 rows and a third to a half at 2; without the gap, columns would fall on the same cache sets.
     """
-    return w.t() if w.numel() > 1 << 18 else _gapped(w, w.shape[1], w.shape[0], w.dtype).copy_(w.t())
-
-
-def _gapped(like: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    """Return room for a matrix, a cache line between rows: without it, columns would fall on the same cache sets."""
-    return like.new_empty(rows, columns + 64 // dtype.itemsize, dtype=dtype)[:, :columns]
+    if w.numel() > 1 << 18:
+        return w.t()
+    gap = 64 // w.element_size()
+    return w.new_empty(w.shape[1], w.shape[0] + gap)[:, : w.shape[0]].copy_(w.t())
