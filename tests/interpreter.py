@@ -43,5 +43,7 @@ def prepared() -> Iterator[None]:
         patch.setattr(interpreter, "_get_np_dtype", np_dtype)
         assert not builder.options.debug
         patch.setattr(builder, "options", dataclasses.replace(builder.options, sanitize_overflow=False))
-        yield
-    language.restore()
+        try:
+            yield
+        finally:
+            language.restore()
