@@ -10,14 +10,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn import functional as F  # noqa: N812
 
 from fastlstm import autocast, packing, reference
-from fastlstm.ops import as_rows, below_autograd, gemms_suffice, lstm_backward, lstm_forward, lstm_gates
+from fastlstm.ops import as_rows, gemms_suffice, lstm_backward, lstm_forward, lstm_gates, run_backward, run_forward
 from fastlstm.weights import DirectionWeights, by_kind, by_layer, spread
 from fastlstm.weights import stack as stack_tensors
+
+_PLAIN = (Tensor, nn.Parameter)
 
 
 def lstm_layer(
@@ -62,10 +64,14 @@ def lstm_layer(
         save = needed and not torch.compiler.is_exporting()
         if recompute and not gemms_suffice(backend, x.device, x.dtype, flat[4] is not None):
             save = False
-        # the op around it costs as much as a dozen steps, so plain torch that no graph needs does without
-        plain = backend == "reference" and not (needed or _is_traced())
-        run = below_autograd if plain else lstm_forward
-        output, h_n, c_n, _, _ = run(x, h0, c0, present, batch_sizes, save, recompute, backend, stack)
+        how = (batch_sizes, save, recompute, backend, stack)
+        if _is_traced(x, h0, c0, *present):
+            output, h_n, c_n, _, _ = lstm_forward(x, h0, c0, present, *how)
+        elif needed:
+            output, h_n, c_n, _, _ = LSTMFunction.apply(x, h0, c0, *how, *present)
+        else:
+            with torch._C._AutoDispatchBelowAutograd():
+                output, h_n, c_n, _, _ = run_forward(x, h0, c0, present, *how)
     return output[..., -h0.shape[2] :].contiguous() if stack else output, h_n, c_n
 
 
@@ -80,10 +86,20 @@ def transformed() -> bool:
     return forward_ad._current_level >= 0 or functions.peek_interpreter_stack() is not None
 
 
-def _is_traced() -> bool:
-    """Whether somebody looks on who should see one op, not a loop: a compiler, a tracer, or any mode of dispatch."""
-    tracing = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
-    return tracing or torch._C._len_torch_dispatch_stack() > 0
+def _is_traced(*tensors: Tensor) -> bool:
+    """Whether somebody looks on who should see one op, not what it does.
+
+    That is a compiler, a tracer, any mode of dispatch, or a tensor with a way of its own.
+    """
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+        return True
+    return torch._C._len_torch_dispatch_stack() > 0 or not all(type(t) in _PLAIN and not is_vmapped(t) for t in tensors)
+
+
+def is_vmapped(tensor: Tensor) -> bool:
+    """Whether a tensor stands for several, as cotangents do where gradients are batched (`is_grads_batched`)."""
+    functions: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
+    return functions.is_legacy_batchedtensor(tensor)
 
 
 def differentiable_backward(
@@ -138,15 +154,59 @@ def _save_for_backward(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 
 def _backward(ctx: Any, *cotangents: Tensor | None) -> tuple:
-    """Return the gradient of each input that needs one."""
+    """Return the gradient of each input of the op that needs one."""
+    needs_x, needs_h0, needs_c0, needs_weights, *_ = ctx.needs_input_grad
+    dx, dh0, dc0, *dweights = _differentiate(ctx, cotangents, (needs_x, needs_h0, needs_c0), needs_weights)
+    return dx, dh0, dc0, dweights, None, None, None, None, None
+
+
+lstm_forward.register_autograd(_backward, setup_context=_save_for_backward)
+
+
+class LSTMFunction(torch.autograd.Function):
+    """What `lstm_forward` and its formula are, without the op."""
+
+    @staticmethod
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        x: Tensor,
+        h0: Tensor,
+        c0: Tensor,
+        batch_sizes: Tensor | None,
+        save: bool,
+        recompute: bool,
+        backend: str,
+        stack: bool,
+        *weights: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Run a layer; `weights` are those of each direction, none of them missing or None."""
+        return run_forward(x, h0, c0, weights, batch_sizes, save, recompute, backend, stack)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        """Save for backward."""
+        _save_for_backward(ctx, (*inputs[:3], inputs[8:], *inputs[3:8]), output)
+
+    @staticmethod
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *cotangents: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        """Return the gradient of each input that needs one."""
+        needs = ctx.needs_input_grad
+        dx, dh0, dc0, *dweights = _differentiate(ctx, cotangents, needs[:3], needs[8:])
+        return dx, dh0, dc0, None, None, None, None, None, *dweights
+
+
+def _differentiate(
+    ctx: Any, cotangents: Sequence[Tensor | None], needs: tuple[bool, ...], needs_weights: Sequence[bool]
+) -> list[Tensor | None]:
+    """Return the gradients of x, h0, c0 and each weight, None where there is no need of one."""
     x, h0, c0, batch_sizes, output, gates, cells, *weights = ctx.saved_tensors
     d_output, dh_n, dc_n = (
         torch.zeros_like(form) if cotangent is None else cotangent
         for cotangent, form in zip(cotangents, (output, h0, c0), strict=False)
     )
     flat = spread(weights, len(h0))
-    needs_x, needs_h0, needs_c0, needs_weights, *_ = ctx.needs_input_grad
-    needs = (needs_x, needs_h0, needs_c0, *(bool(need) for need in spread(needs_weights, len(h0))))
+    needs = (*needs, *(bool(need) for need in spread(needs_weights, len(h0))))
     arguments = ((d_output, dh_n, dc_n), (x, h0, c0, *flat), needs)
     if torch.is_grad_enabled():
         gradients = differentiable_backward(*arguments, batch_sizes, ctx.stack)
@@ -154,16 +214,12 @@ def _backward(ctx: Any, *cotangents: Tensor | None) -> tuple:
         with autocast.off(x.device):
             if not ctx.save:
                 again = (batch_sizes, True, False, ctx.backend, ctx.stack)
-                gates, cells = lstm_forward(x, h0, c0, weights, *again)[3:]
+                run = lstm_forward if _is_traced(x, h0, c0, *weights) else run_forward
+                gates, cells = run(x, h0, c0, weights, *again)[3:]
             elif ctx.recompute:
                 gates = lstm_gates(x, h0, output, weights, batch_sizes)
             gradients = _gradients(*arguments, (output, gates, cells), batch_sizes, ctx.backend, ctx.stack)
-    dx, dh0, dc0, *dflat = gradients
-    dweights = [gradient for gradient, weight in zip(dflat, flat, strict=True) if weight is not None]
-    return dx, dh0, dc0, dweights, None, None, None, None, None
-
-
-lstm_forward.register_autograd(_backward, setup_context=_save_for_backward)
+    return gradients[:3] + [gradient for gradient, weight in zip(gradients[3:], flat, strict=True) if weight is not None]
 
 
 def _gradients(
@@ -187,9 +243,8 @@ def _gradients(
         w_ih, _, above, _, w_hh = by_layer(flat)
     else:
         w_ih, _, w_hh, w_hr = by_kind(flat)
-    dgates, dc0, dh = lstm_backward(
-        d_output, *cotangents[1:], gates, cells, c0, w_hh, w_hr, batch_sizes, backend, above
-    )
+    run = lstm_backward if _is_traced(*cotangents, gates, cells, c0, w_hh) else run_backward
+    dgates, dc0, dh = run(d_output, *cotangents[1:], gates, cells, c0, w_hh, w_hr, batch_sizes, backend, above)
     batch_sizes = packing.on_device(batch_sizes, x.device)
 
     dh0: list[Tensor] = []

@@ -151,19 +151,13 @@ class _PackedLayer(torch.autograd.Function):
         )
         needs = (*ctx.needs_input_grad[:3], *ctx.needs_input_grad[5:])
         inputs = (x, h0, c0, *flat)
-        if torch.is_grad_enabled() or any(map(_vmapped, cotangents)):
+        if torch.is_grad_enabled() or any(autograd.is_vmapped(t) for t in (d_output, dh_n, dc_n)):
             gradients = autograd.differentiable_backward((d_output, dh_n, dc_n), inputs, needs, batch_sizes)
         else:
             saved = (output, states, ctx.workspaces, ctx.chunks)
             with autocast.off(x.device):  # a workspace that is made again is made as forward would
                 gradients = _backward((d_output, dh_n, dc_n), inputs, needs, *saved)
         return *gradients[:3], None, None, *gradients[3:]
-
-
-def _vmapped(cotangent: Tensor | None) -> bool:
-    """Whether several gradients are asked for at once (`is_grads_batched`), which oneDNN's op does not know."""
-    functions: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
-    return cotangent is not None and functions.is_legacy_batchedtensor(cotangent)
 
 
 def _infer(

@@ -3,6 +3,9 @@
 A layer, both its directions, is one opaque op, `fastlstm::lstm_forward`: the input GEMM over the whole sequence, then
 the recurrence (or both in one). `fastlstm::lstm_backward` is the recurrence's adjoint, and `fastlstm::lstm_gates` makes
 again what forward did not save. `autograd.py` has the formulas that tie them together.
+
+Where nobody looks on, `run_forward` and `run_backward` are called as they are: around a function of torch's own tensors
+an op costs the host a tenth of a millisecond and more, with which a short sequence is done on a GPU.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ from fastlstm.weights import by_kind, by_layer, spread
 _WIDE_ELEMENTS = 1 << 22  # of float32 pre-activations that `lstm_gates` holds at once
 
 
-def _forward(
+def run_forward(
     x: Tensor,
     h0: Tensor,
     c0: Tensor,
@@ -64,7 +67,7 @@ def _forward(
     return output, h_n, c_n, gates.new_empty(0) if recompute else gates, cells
 
 
-lstm_forward = torch.library.custom_op("fastlstm::lstm_forward", _forward, mutates_args=())
+lstm_forward = torch.library.custom_op("fastlstm::lstm_forward", run_forward, mutates_args=())
 
 
 @lstm_forward.register_fake
@@ -82,14 +85,7 @@ def _(x, h0, c0, weights, batch_sizes, save, recompute, backend, stack):
     )
 
 
-def below_autograd(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Run what `lstm_forward` does where no gradient is asked for, without an op around it."""
-    with torch._C._AutoDispatchBelowAutograd():
-        return _forward(*arguments)
-
-
-@torch.library.custom_op("fastlstm::lstm_backward", mutates_args=())
-def lstm_backward(
+def run_backward(
     d_output: Tensor,
     dh_n: Tensor,
     dc_n: Tensor,
@@ -111,6 +107,9 @@ def lstm_backward(
         return *run(d_output, dh_n, dc_n, gates, cells, c0, above, w_hh, batch_sizes), d_output.new_empty(0)
     run = _recurrence("lstm_backward", backend, c0)
     return run(d_output, dh_n, dc_n, gates, cells, c0, w_hh, w_hr, batch_sizes)
+
+
+lstm_backward = torch.library.custom_op("fastlstm::lstm_backward", run_backward, mutates_args=())
 
 
 @lstm_backward.register_fake

@@ -84,9 +84,11 @@ def _differentiate_twice(
         with autocast.off(given[0].device):
             outputs = again(*aliases)
         used = [output for output, cotangent in zip(outputs, cotangents, strict=False) if cotangent is not None]
-        wanted = [alias for alias, gradient in zip(aliases, gradients, strict=True) if gradient is not None]
+        # of the weights cuDNN makes all gradients or none; those that nobody asked for go no further
+        asked = [t.requires_grad and g is not None for t, g in zip(aliases, gradients, strict=True)]
+        wanted = [alias for alias, ask in zip(aliases, asked, strict=True) if ask]
         found = iter(torch.autograd.grad(used, wanted, given, create_graph=True))
-        return tuple(None if gradient is None else next(found) for gradient in gradients)
+        return tuple(next(found) if ask else None for ask in asked)
 
     node.register_hook(replace)
 

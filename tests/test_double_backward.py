@@ -40,7 +40,10 @@ def cudnn(data: Tensor, *arguments: Any) -> Any:
             inputs = [tensor.detach().requires_grad_() for tensor in ctx.saved_tensors]
             with torch.enable_grad():
                 gradients = torch.autograd.grad(call(*inputs), inputs, cotangents)
-            return tuple(g if need else None for g, need in zip(gradients, ctx.needs_input_grad, strict=True))
+            needed = ctx.needs_input_grad
+            weights = any(needed[1:-2])  # of all, or of none
+            wanted = needed[0], *(weights for _ in needed[1:-2]), *needed[-2:]
+            return tuple(g if want else None for g, want in zip(gradients, wanted, strict=True))
 
     return CudnnRnn.apply(data, *weights, *states)
 
