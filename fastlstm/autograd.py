@@ -164,10 +164,14 @@ lstm_forward.register_autograd(_backward, setup_context=_save_for_backward)
 
 
 class LSTMFunction(torch.autograd.Function):
-    """What `lstm_forward` and its formula are, without the op."""
+    """What `lstm_forward` and its formula are, without the op.
+
+    torch.func never sees it, so it needs no `setup_context`, for which torch would read its signature in every call.
+    """
 
     @staticmethod
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any,
         x: Tensor,
         h0: Tensor,
         c0: Tensor,
@@ -179,12 +183,10 @@ class LSTMFunction(torch.autograd.Function):
         *weights: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Run a layer; `weights` are those of each direction, none of them missing or None."""
-        return run_forward(x, h0, c0, weights, batch_sizes, save, recompute, backend, stack)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        """Save for backward."""
-        _save_for_backward(ctx, (*inputs[:3], inputs[8:], *inputs[3:8]), output)
+        arguments = (x, h0, c0, weights, batch_sizes, save, recompute, backend, stack)
+        results = run_forward(*arguments)
+        _save_for_backward(ctx, arguments, results)
+        return results
 
     @staticmethod
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -219,7 +221,9 @@ def _differentiate(
             elif ctx.recompute:
                 gates = lstm_gates(x, h0, output, weights, batch_sizes)
             gradients = _gradients(*arguments, (output, gates, cells), batch_sizes, ctx.backend, ctx.stack)
-    return gradients[:3] + [gradient for gradient, weight in zip(gradients[3:], flat, strict=True) if weight is not None]
+    return gradients[:3] + [
+        gradient for gradient, weight in zip(gradients[3:], flat, strict=True) if weight is not None
+    ]
 
 
 def _gradients(
@@ -274,12 +278,16 @@ def _gradients(
 
 def _times_weight(rows: Tensor, weight: Tensor) -> Tensor:
     """Return rows weight, [N, K] of [N, M] and [M, K]: the gradient of the input."""
-    if rows.dtype == torch.float64:  # in this order MKL's GEMM takes a third to two thirds of the time
+    if (
+        rows.dtype == torch.float64 and rows.device.type == "cpu"
+    ):  # in this order MKL's GEMM takes a third to two thirds of the time
         return (weight.t() @ rows.t()).t().contiguous()
     return rows @ weight
 
 
 def _sum_of_outer(rows: Tensor, columns: Tensor) -> Tensor:
-    """Return rows^T columns, [M, K] of [N, M] and [N, K]: the gradient of a weight."""
-    # in this order MKL's float64 GEMM takes two thirds of the time; a gradient is contiguous, as stock's is
+    """Return rows^T columns, contiguous [M, K] of [N, M] and [N, K]: the gradient of a weight."""
+    if rows.device.type != "cpu":
+        return rows.t() @ columns
+    # in this order MKL's float64 GEMM takes two thirds of the time
     return (columns.t() @ rows).t().contiguous()

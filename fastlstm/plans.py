@@ -6,6 +6,7 @@ of time for the target (`python -m fastlstm.kernels.targets`); a plan that spill
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -84,6 +85,7 @@ _FORWARD_WARPS_RDNA = {2: {16: 4, 32: 8, 64: 16}, 4: {16: 4, 32: 16}}
 _BACKWARD_WARPS_RDNA = {16: 4, 32: 16}
 
 
+@functools.lru_cache(maxsize=4096)
 def choose(problem: Problem, device: Device, backward: bool = False, layout: str = "") -> Plan:
     """Lay out the Triton kernels of one layer, or of all: the first of `candidates`.
 

@@ -121,9 +121,17 @@ def flat_copies(network: Network, weights: list[Tensor]) -> list[Tensor]:
 
 
 def flatten(network: Network, weights: list[Tensor]) -> None:
-    """Move the storage of each weight into one buffer in cuDNN's layout, as `nn.RNNBase` does; values stay."""
+    """Move the storage of each weight into one buffer in cuDNN's layout, as `nn.RNNBase` does; values stay.
+
+    `nn.RNNBase` leaves bfloat16 out, so that its op copies all weights in every call, and warns. Here it moves as bits.
+    """
+    sixteen_bits = all(weight.dtype == torch.bfloat16 for weight in weights)
+    moved = [weight.data.view(torch.float16) for weight in weights] if sixteen_bits else weights
     names = ("input_size", "hidden_size", "proj_size", "num_layers", "bias", "batch_first", "bidirectional")
     sizes = {name: getattr(network, name) for name in names}
-    holder: Any = SimpleNamespace(mode="LSTM", _flat_weights=weights, _flat_weights_names=weights, **sizes)
+    holder: Any = SimpleNamespace(mode="LSTM", _flat_weights=moved, _flat_weights_names=moved, **sizes)
     with torch.inference_mode(False):  # or the parameters themselves would become inference tensors, for good
         nn.RNNBase.flatten_parameters(holder)
+        if sixteen_bits:
+            for weight, bits in zip(weights, moved, strict=True):
+                weight.data = bits.view(torch.bfloat16)

@@ -236,7 +236,7 @@ def prepare(
     PRECISION = precision(dtype, device)
     if not isinstance(plan, Plan):
         layers, directions = (D, 1) if stack else (1, D)
-        problem = Problem(T, B, H, H, L=layers, D=directions, dtype=dtype, tf32=PRECISION == "tf32")
+        problem = Problem(1, B, H, H, L=layers, D=directions, dtype=dtype, tf32=PRECISION == "tf32")
         plan = choose(problem, device, backward, plan or "")
     lengths = offsets = None
     if batch_sizes is not None:
@@ -259,6 +259,7 @@ def precision(dtype: torch.dtype, device: Device) -> str:
     return "tf32" if dtype == torch.float32 and device.kind == "cuda" and allows_tf32() else "ieee"
 
 
+@functools.lru_cache(maxsize=4096)
 def _layout(plan: Plan, backward: bool, device: Device) -> dict[str, int | bool]:
     """Return a plan's keyword arguments to a launch."""
     names = {"BLOCK_H", "BLOCK_B", "num_warps", "num_stages"}

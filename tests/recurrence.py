@@ -59,12 +59,13 @@ class Run:
         copies = [None if tensor is None else tensor.to(*args, copy=True) for tensor in inputs]
         return copies, [tensor.to(*args, copy=True) for tensor in self.cotangents]
 
-    def by_reference(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        inputs, cotangents = self.to(dtype)
+    def by_reference(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+        inputs, cotangents = self.to(device, dtype)
         forward = reference.lstm_forward(*inputs, self.batch_sizes, True)  # pyright: ignore
         results: dict[str, Tensor] = dict(zip(FORWARD, forward, strict=True))
         backward = reference.lstm_backward(*cotangents, *forward[3:], *inputs[2:], self.batch_sizes)  # pyright: ignore
-        return results | dict(zip(BACKWARD, backward, strict=True))
+        results |= dict(zip(BACKWARD, backward, strict=True))
+        return {name: tensor.cpu() for name, tensor in results.items()}
 
     def by_kernels(self, regime: str | Plan, device: torch.device) -> dict[str, Tensor]:
         inputs, cotangents = self.to(device)
@@ -77,10 +78,10 @@ class Run:
         return {name: tensor.cpu() for name, tensor in results.items()}
 
     def check(self, regime: str | Plan, device: torch.device) -> dict[str, Tensor]:
-        """Assert that the kernels are as near the float64 truth as plain torch in the same dtype; return theirs."""
+        """Assert that the kernels are as near the float64 truth as plain torch in their dtype and place; return theirs."""
         dtype = self.c0.dtype
         results = self.by_kernels(regime, device)
-        assert_close(results, self.by_reference(torch.float64), self.by_reference(dtype), dtype=dtype)
+        assert_close(results, self.by_reference(torch.float64), self.by_reference(dtype, device), dtype=dtype)
         for name, tensor in results.items():
             assert tensor.dtype == (torch.float32 if name == "cells" else dtype), name
         # the state is never rounded to 16 bit

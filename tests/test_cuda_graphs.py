@@ -77,11 +77,12 @@ def told_the_size(func: Any, tensors: list[Tensor], kwargs: dict[str, Any]) -> b
 
 
 def step(lstm: Any, x: Any, hx: Any) -> list[Tensor]:
-    """Return output, states and all gradients."""
+    """Return output, states and all gradients, without the graph: the next step, on another stream, has its own."""
     output, states = lstm(x, hx)
     data, rows = (value.data if isinstance(value, PackedSequence) else value for value in (x, output))
     results = [rows, *states]
-    return [*results, *torch.autograd.grad(results, [data, *hx, *lstm.parameters()], results)]
+    gradients = torch.autograd.grad(results, [data, *hx, *lstm.parameters()], results)
+    return [*(result.detach() for result in results), *gradients]
 
 
 @pytest.mark.skipif(not interpreting(), reason="needs TRITON_INTERPRET=1")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
-from pairs import assert_same, make_pair
+from pairs import assert_same, make_input, make_pair
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
@@ -83,6 +84,39 @@ def test_cudnn_gets_copies_of_weights_that_must_not_move(flattened):
     assert not any(mine is theirs for mine, theirs in zip(flat, weights, strict=True))
     flat[1].sum().backward()
     assert computed.parametrizations.weight_hh_l0.original0.grad is not None
+
+
+def test_bfloat16_moves_too(monkeypatch):
+    """`nn.RNNBase` would leave it where it is."""
+
+    def flatten_parameters(network):
+        assert {weight.dtype for weight in network._flat_weights} == {torch.float16}
+        for weight in network._flat_weights:
+            weight.set_(weight.clone())
+
+    stock, ours = make_pair(dtype=torch.bfloat16)
+    monkeypatch.setattr(nn.RNNBase, "flatten_parameters", flatten_parameters)
+    before = [parameter.data_ptr() for parameter in ours.parameters()]
+    ours.weights_for_cudnn(ours.current_weights())
+    assert not set(before) & {parameter.data_ptr() for parameter in ours.parameters()}
+    assert_same(ours, stock, make_input("dense", torch.bfloat16))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("projected", [False, True])
+def test_on_a_gpu_weights_lie_in_one_buffer(dtype, projected):
+    """A warning that they do not would be an error."""
+    stock, ours = make_pair("torch", dtype, num_layers=2, bidirectional=True, proj_size=2 * projected)
+    stock, ours = stock.cuda(), ours.cuda()
+    x = torch.randn(3, 2, stock.input_size, device="cuda", dtype=dtype)
+    ours(x)
+    assert len(storages(ours.parameters())) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # stock's own, in bfloat16
+        expected = stock(x)[0]
+    torch.testing.assert_close(ours(x)[0], expected)
 
 
 def test_a_first_call_in_inference_mode_leaves_trainable_parameters(monkeypatch):
