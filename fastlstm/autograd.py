@@ -6,6 +6,7 @@ biases and h0 are plain torch, one over all rows for each gradient that is asked
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 

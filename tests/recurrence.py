@@ -78,7 +78,7 @@ class Run:
         return {name: tensor.cpu() for name, tensor in results.items()}
 
     def check(self, regime: str | Plan, device: torch.device) -> dict[str, Tensor]:
-        """Assert that the kernels are as near the float64 truth as plain torch in their dtype and place; return theirs."""
+        """Assert that the kernels are as near the float64 truth as plain torch in the same dtype on the same device."""
         dtype = self.c0.dtype
         results = self.by_kernels(regime, device)
         assert_close(results, self.by_reference(torch.float64), self.by_reference(dtype, device), dtype=dtype)
