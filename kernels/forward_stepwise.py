@@ -74,11 +74,13 @@ def forward_stepwise(
     w_ptrs = w_hh_ptr + direction.to(tl.int64) * 4 * H * H + (gate * H + unit)[:, None] * H + k[None, :]
     h_ptrs = h_in_ptr + state + k[:, None] + b[None, :] * H
 
-    a = tl.load(gates_x_ptr + row_gates + offs_gates, mask=mask_gates_t, other=0.0).to(tl.float32)
+    # from zero, since float32 loses the fewer digits of a long sum the smaller it is on the way
+    a = tl.zeros([4 * BLOCK_H, BLOCK_B], tl.float32)
     for k0 in range(0, H, BLOCK_K):
         w = tl.load(w_ptrs + k0, mask=(unit < H)[:, None] & (k0 + k < H)[None, :], other=0.0)
         h = tl.load(h_ptrs + k0, mask=(k0 + k < H)[:, None] & mask_b[None, :], other=0.0)
         a += dot(w, h, PRECISION)
+    a += tl.load(gates_x_ptr + row_gates + offs_gates, mask=mask_gates_t, other=0.0).to(tl.float32)
 
     c = tl.load(c_ptr + state + offs_state, mask=mask, other=0.0)
     i, f, g, o, c, h = cell_forward(a, c, BLOCK_H, BLOCK_B)
