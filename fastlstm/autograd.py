@@ -17,7 +17,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from fastlstm import autocast, packing, reference
 from fastlstm.ops import as_rows, gemms_suffice, lstm_backward, lstm_forward, lstm_gates, run_backward, run_forward
-from fastlstm.weights import DirectionWeights, by_kind, by_layer, spread
+from fastlstm.weights import DirectionWeights, biases, by_kind, by_layer, spread
 from fastlstm.weights import stack as stack_tensors
 
 _PLAIN = (Tensor, nn.Parameter)
@@ -133,8 +133,8 @@ def _differentiable(
             x = layers[-1][0]
         outputs, *states = zip(*layers, strict=True)
         return torch.cat(outputs, -1), torch.cat(states[0]), torch.cat(states[1])
-    w_ih, bias, w_hh, w_hr = by_kind(flat)
-    gates_x = F.linear(as_rows(x), w_ih, bias)
+    w_ih, w_hh, w_hr = by_kind(flat)
+    gates_x = F.linear(as_rows(x), w_ih, biases(flat))
     output, h_n, c_n = reference.lstm_differentiable(gates_x, h0, c0, w_hh, w_hr, batch_sizes)
     return output.view(*x.shape[:-1], output.shape[1]), h_n, c_n
 
@@ -244,9 +244,9 @@ def _gradients(
     H = c0.shape[2]
     above = w_hr = None
     if stack:
-        w_ih, _, above, _, w_hh = by_layer(flat)
+        w_ih, above, w_hh = by_layer(flat)
     else:
-        w_ih, _, w_hh, w_hr = by_kind(flat)
+        w_ih, w_hh, w_hr = by_kind(flat)
     run = lstm_backward if _is_traced(*cotangents, gates, cells, c0, w_hh) else run_backward
     dgates, dc0, dh = run(d_output, *cotangents[1:], gates, cells, c0, w_hh, w_hr, batch_sizes, backend, above)
     batch_sizes = packing.on_device(batch_sizes, x.device)

@@ -21,7 +21,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from fastlstm import checks, dispatch, packing, reference
 from fastlstm.problem import Problem, device_of
-from fastlstm.weights import by_kind, by_layer, spread
+from fastlstm.weights import biases, by_kind, by_layer, spread
 
 _WIDE_ELEMENTS = 1 << 22  # of float32 pre-activations that `lstm_gates` holds at once
 
@@ -48,11 +48,13 @@ def run_forward(
         checks.check_rows(batch_sizes, len(x), h0.shape[1])
     flat = spread(weights, len(h0))
     if stack:
-        w_ih, bias, above, bias_above, w_hh = by_layer(flat)
+        w_ih, above, w_hh = by_layer(flat)
+        bias, bias_above = biases(flat[:5]), biases(flat[5:])
+        bias_above = above.new_zeros(above.shape[:2]) if bias_above is None else bias_above.view(above.shape[:2])
         run = _recurrence("stack_forward", backend, c0)
         results = run(F.linear(as_rows(x), w_ih, bias), bias_above, h0, c0, above, w_hh, batch_sizes, save)
     else:
-        w_ih, bias, w_hh, w_hr = by_kind(flat)
+        (w_ih, w_hh, w_hr), bias = by_kind(flat), biases(flat)
         (N, I), (_, B, P) = as_rows(x).shape, h0.shape  # noqa: E741
         pays = dispatch.one_product_pays(N, B, I, c0.shape[2], P, x.dtype) and x.device.type == "cpu"
         kernels = _resolve(backend, c0.device, c0.dtype, B).startswith("triton")
@@ -126,8 +128,9 @@ def lstm_gates(x: Tensor, h0: Tensor, output: Tensor, weights: Sequence[Tensor],
     GEMMs over all rows. Sums are float32 as in the kernels, so that no gate is more than a unit in the last place off.
     """
     D = len(h0)
-    w_ih, bias, w_hh, _ = by_kind(spread(weights, D))
-    gates, output = F.linear(as_rows(x), w_ih, bias), as_rows(output)
+    flat = spread(weights, D)
+    w_ih, w_hh, _ = by_kind(flat)
+    gates, output = F.linear(as_rows(x), w_ih, biases(flat)), as_rows(output)
     batch_sizes = packing.on_device(batch_sizes, x.device)
     most = max(1, _WIDE_ELEMENTS // w_hh.shape[1])  # rows at a time, since wide ones would take what was saved
     for d, (gates_d, output_d) in enumerate(zip(gates.chunk(D, 1), output.chunk(D, 1), strict=True)):

@@ -28,21 +28,21 @@ def spread(weights: Sequence[Any], D: int) -> list[Any]:
     return [weight for direction in directions(weights, D) for weight in direction]
 
 
-def by_kind(flat: Sequence[Any]) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
-    """Return the directions' weights together: w_ih [D*4H, I], b_ih + b_hh [D*4H], w_hh [D, 4H, P], w_hr [D, P, H]."""
-    w_ih, w_hh, b_ih, b_hh, w_hr = (flat[kind::5] for kind in range(5))
-    bias = None if b_ih[0] is None else _cat(b_ih) + _cat(b_hh)
-    return _cat(w_ih), bias, stack(w_hh), None if w_hr[0] is None else stack(w_hr)
+def by_kind(flat: Sequence[Any]) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return the directions' weights together: w_ih [D*4H, I], w_hh [D, 4H, P], w_hr [D, P, H] or None."""
+    w_ih, w_hh, w_hr = flat[0::5], flat[1::5], flat[4::5]
+    return _cat(w_ih), stack(w_hh), None if w_hr[0] is None else stack(w_hr)
 
 
-def by_layer(flat: Sequence[Any]) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor]:
-    """Return a stack's weights: w_ih, bias of the first layer; w_ih [L-1, 4H, H], bias [L-1, 4H] of the rest; w_hh."""
-    w_ih, bias, _, _ = by_kind(flat[:5])
-    above, bias_above, w_hh, _ = by_kind(flat[5:])
-    L, _, H = w_hh.shape
-    above = above.view(L, 4 * H, H)
-    bias_above = above.new_zeros(L, 4 * H) if bias_above is None else bias_above.view(L, 4 * H)
-    return w_ih, bias, above, bias_above, stack(flat[1::5])
+def biases(flat: Sequence[Any]) -> Tensor | None:
+    """Return the sum of both biases of each direction, [D*4H], or None."""
+    b_ih, b_hh = flat[2::5], flat[3::5]
+    return None if b_ih[0] is None else _cat(b_ih) + _cat(b_hh)
+
+
+def by_layer(flat: Sequence[Any]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return a stack's weights: w_ih of the first layer, w_ih [L-1, 4H, H] of the rest, w_hh [L, 4H, H]."""
+    return flat[0], stack(flat[5::5]), stack(flat[1::5])
 
 
 def _cat(tensors: Sequence[Any]) -> Tensor:

@@ -141,7 +141,7 @@ def op_arguments(D, P, bias, packed, save):
     forward: Any = (x, h0, c0, weights, batch_sizes, save, False, "reference", False)
     with torch.no_grad():
         output, h_n, c_n, gates, cells = lstm_forward(*forward[:5], True, False, "reference", False)
-        _, _, w_hh, w_hr = by_kind(spread([weight.detach() for weight in weights], D))
+        _, w_hh, w_hr = by_kind(spread([weight.detach() for weight in weights], D))
     backward = (output, h_n, c_n, gates, cells, c0.detach(), w_hh, w_hr, batch_sizes, "reference")
     return forward, backward
 
