@@ -174,7 +174,8 @@ def prepare(
 def _rows_and_runs(batch_sizes: Tensor, order: Tensor | None, hx: States | None) -> tuple[int, int]:
     """Return B, and the number of runs of steps with equal batch size, of a packed batch."""
     if not torch.compiler.is_compiling():
-        return int(batch_sizes[0]), len(set(batch_sizes.tolist()))  # that they only fall is checked when they run
+        sizes = batch_sizes.tolist()
+        return sizes[0], len(set(sizes))  # that they only fall is checked when they run
     # a tracer knows no values, but sizes that must agree with them; that they do, the op checks when it runs
     if order is not None:
         return order.size(0), 1

@@ -126,8 +126,8 @@ def lstm_infer(
     """Run a layer for no backward pass, one product a step: [x_t, 1, h_{t-1}] [W_ih, b, W_hh]^T.
 
     Nothing has the size of all gates, and states stay where they are: a row that has ended, or has not begun, is not
-    touched. A product is one for each gate, whose weights lie together, and torch's tanh takes half the time over whole
-    rows; but where H leaves a part of the processor's vectors empty, one for all gates leaves less.
+    touched. A product is one for each gate, whose weights lie together, and torch is faster over a gate's whole rows;
+    but where H leaves a part of the processor's vectors empty, one product for all gates leaves less.
 
     Args:
         x: [N, I], rows as the module docstring lays them out.
@@ -150,29 +150,36 @@ def lstm_infer(
     sizes = _sizes(x, B, batch_sizes)
     x_steps = x.split(sizes)
     output = x.new_empty(len(x), D * P)
-    operand = x.new_empty(D, B, K, dtype=dtype)
-    operand[:, :, I] = 1
+    operand = x.new_ones(D, B, K, dtype=dtype)
     h_n = operand[:, :, I + 1 :].copy_(h0)
     c_n = c0.to(dtype, copy=True, memory_format=torch.contiguous_format)
-    all_gates = x.new_empty(4 * B * H, dtype=dtype)
+    by_gate = H % 16 == 0
+    product = torch.bmm if by_gate else torch.mm
+    all_gates, all_tanh_g = x.new_empty(B, 4 * H, dtype=dtype), x.new_empty(B, H, dtype=dtype)
 
     for d in range(D):
         rows = slice(d * 4 * H, (d + 1) * 4 * H)
-        weights = _joined(w_ih[rows], None if bias is None else bias[rows], w_hh[d], dtype)
+        weights = _joined(w_ih[rows], None if bias is None else bias[rows], w_hh[d], dtype, by_gate)
         w_hr_t = None if w_hr is None else _transposed(w_hr[d].to(dtype))
         output_steps = output[:, d * P : (d + 1) * P].split(sizes)
-        of_all = operand[d], operand[d, :, :I], h_n[d], c_n[d]
+        all_inputs, all_x, all_h, all_c = operand[d], operand[d, :, :I], h_n[d], c_n[d]
         for n, steps in itertools.groupby(_order(len(sizes), d), sizes.__getitem__):
             # a view costs as much as a small op, so none is made twice
-            inputs, x_t, h, c = (rows_of[:n] for rows_of in of_all)
-            inputs, products = inputs.expand(len(weights), n, K), all_gates[: 4 * n * H].view(len(weights), n, -1)
-            gates = _by_gate(products, H)
-            i_f_o, (i, f, o, g) = gates[:3], gates.unbind()
+            inputs, x_t, h, c = all_inputs[:n], all_x[:n], all_h[:n], all_c[:n]
+            if by_gate:
+                inputs, gates = inputs.expand(4, n, K), all_gates.as_strided((4, n, H), (n * H, H, 1))
+                sigmoids, (i, f, o, g) = gates[:3], gates.unbind()
+                tanh_g = g
+            else:  # the sigmoid of g, too, for torch is slow over parts of rows
+                gates = sigmoids = all_gates[:n]
+                i, f, o, g = gates.chunk(4, 1)
+                tanh_g = all_tanh_g[:n]
             for t in steps:
                 x_t.copy_(x_steps[t])
-                torch.bmm(inputs, weights, out=products)
-                i_f_o.sigmoid_()
-                c.mul_(f).addcmul_(i, g.tanh_())
+                product(inputs, weights, out=gates)
+                torch.tanh(g, out=tanh_g)
+                sigmoids.sigmoid_()
+                c.mul_(f).addcmul_(i, tanh_g)
 
                 to, other = (h, output_steps[t]) if narrow else (output_steps[t], h)
                 if w_hr_t is None:
@@ -180,7 +187,7 @@ def lstm_infer(
                 else:
                     torch.mm(o.mul_(c.tanh()), w_hr_t, out=to)
                 other.copy_(to)
-    h_n = h_n.to(h0.dtype, copy=True, memory_format=torch.contiguous_format)
+    h_n = h_n.to(h0.dtype).clone(memory_format=torch.contiguous_format)
     return output, h_n, c_n.to(h0.dtype), x.new_empty(0), x.new_empty(0, dtype=dtype)
 
 
@@ -360,22 +367,16 @@ def _order(T: int, d: int) -> range:
     return range(T) if d == 0 else range(T - 1, -1, -1)
 
 
-def _joined(w_ih: Tensor, bias: Tensor | None, w_hh: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return [W_ih, b, W_hh]^T, gates in the order i, f, o, g: [4, I + 1 + P, H], or [1, I + 1 + P, 4H] for some H."""
+def _joined(w_ih: Tensor, bias: Tensor | None, w_hh: Tensor, dtype: torch.dtype, by_gate: bool) -> Tensor:
+    """Return [W_ih, b, W_hh]^T, gates in the order i, f, o, g: [I + 1 + P, 4H], or `by_gate` [4, I + 1 + P, H]."""
     I, H = w_ih.shape[1], len(w_ih) // 4  # noqa: E741
-    parts = 1 if H % 16 else 4
-    weights = w_ih.new_empty(parts, I + 1 + w_hh.shape[1], 4 * H // parts, dtype=dtype)
-    for gate, k in zip(_by_gate(weights, H), (0, 1, 3, 2), strict=True):
+    K = I + 1 + w_hh.shape[1]
+    weights = w_ih.new_empty((4, K, H) if by_gate else (K, 4 * H), dtype=dtype)
+    for gate, k in zip(weights if by_gate else weights.chunk(4, 1), (0, 1, 3, 2), strict=True):
         rows = slice(k * H, (k + 1) * H)
         gate[:I], gate[I + 1 :] = w_ih[rows].t(), w_hh[rows].t()
         gate[I] = 0 if bias is None else bias[rows]
     return weights
-
-
-def _by_gate(tensor: Tensor, H: int) -> Tensor:
-    """Return the gates [4, K, H] of a tensor [4, K, H] or [1, K, 4H]."""
-    parts, K, _ = tensor.shape
-    return tensor if parts == 4 else tensor.view(K, 4, H).transpose(0, 1)
 
 
 def _transposed(w: Tensor) -> Tensor:
