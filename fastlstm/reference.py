@@ -152,7 +152,7 @@ def lstm_infer(
     output = x.new_empty(len(x), D * P)
     operand = x.new_ones(D, B, K, dtype=dtype)
     h_n = operand[:, :, I + 1 :].copy_(h0)
-    c_n = c0.to(dtype, copy=True, memory_format=torch.contiguous_format)
+    c_n = c0.new_empty(D, B, H, dtype=dtype).copy_(c0)
     by_gate = H % 16 == 0
     product = torch.bmm if by_gate else torch.mm
     all_gates, all_tanh_g = x.new_empty(B, 4 * H, dtype=dtype), x.new_empty(B, H, dtype=dtype)
@@ -170,7 +170,7 @@ def lstm_infer(
                 inputs, gates = inputs.expand(4, n, K), all_gates.as_strided((4, n, H), (n * H, H, 1))
                 sigmoids, (i, f, o, g) = gates[:3], gates.unbind()
                 tanh_g = g
-            else:  # the sigmoid of g, too, for torch is slow over parts of rows
+            else:  # torch is slow over parts of rows: tanh of g goes elsewhere, then the sigmoid runs over all gates
                 gates = sigmoids = all_gates[:n]
                 i, f, o, g = gates.chunk(4, 1)
                 tanh_g = all_tanh_g[:n]
@@ -187,7 +187,7 @@ def lstm_infer(
                 else:
                     torch.mm(o.mul_(c.tanh()), w_hr_t, out=to)
                 other.copy_(to)
-    h_n = h_n.to(h0.dtype).clone(memory_format=torch.contiguous_format)
+    h_n = h0.new_empty(D, B, P).copy_(h_n)
     return output, h_n, c_n.to(h0.dtype), x.new_empty(0), x.new_empty(0, dtype=dtype)
 
 
