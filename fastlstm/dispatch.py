@@ -21,6 +21,8 @@ from fastlstm.reference import accumulation_dtype
 BACKENDS = ("auto", "reference", "triton", "torch")
 REGIMES = ("resident", "persistent", "streaming", "wavefront", "stepwise")
 Times = tuple[tuple[str, float], ...]
+# regimes beside "resident" that were seen to be faster than cuDNN, by target; elsewhere they need a trial
+_ON_CHIP = {"sm_90": {"persistent", "wavefront"}}
 
 
 @dataclass(frozen=True)
@@ -180,9 +182,16 @@ def _decide_gpu(problem: Problem, device: Device) -> tuple[str, str, str]:
     if device.target not in plans.SHARED_MEMORY:
         return "torch", "stock", f"Stock's own op runs, since no kernel has been compiled for {device.target}."
     passes = (False, True) if problem.training else (False,)
-    if all(plans.choose(problem, device, backward).regime == "resident" for backward in passes):
-        return "triton", "resident", "W_hh fits one program, so the recurrence stays on chip for the whole sequence."
-    return "torch", "stock", "Stock's own op runs, since W_hh does not fit one program, and a launch a step loses."
+    found = [plans.choose(problem, device, backward) for backward in passes]
+    if {plan.regime for plan in found} - {"resident"} - _ON_CHIP.get(device.target, set()):
+        return "torch", "stock", "Stock's own op runs, since none of our layouts is known to be faster here."
+    if any(plans.launches(plan, problem) > 1 for plan in found):
+        return "torch", "stock", "Stock's own op runs, since the card holds a part of the batch at a time only."
+    # cuDNN's persistent kernels are for dense float16 and, up to some H, float32
+    large = problem.dtype == torch.float32 and problem.H >= 256
+    if device.kind == "cuda" and not (problem.dtype == torch.bfloat16 or problem.runs or large):
+        return "torch", "stock", "Stock's own op runs, since cuDNN, too, keeps W_hh on the chip."
+    return "triton", found[0].regime, "W_hh stays on the chip for the whole sequence, as in stock's it does not."
 
 
 def _decide_cpu(problem: Problem, target: str) -> tuple[str, str, str]:

@@ -135,16 +135,21 @@ def candidates(problem: Problem, device: Device, backward: bool = False) -> list
     for BLOCK_B, cost in ((16, 1.0), (32, 1.25)):  # about what a step costs
         plan = _persistent(problem, device, backward, BLOCK_B)
         if plan and (BLOCK_B == 16 or problem.B > 16):
-            launches = -(-problem.D * -(-problem.B // BLOCK_B) // plan.groups)
-            found.append((launches * cost, plan))
+            found.append((launches(plan, problem) * cost, plan))
     found.sort(key=lambda entry: entry[0])
     plans = [plan for _, plan in found]
-    if problem.stack and found and (plan := _persistent(problem, device, backward, 16, problem.L)):
-        launches = -(-problem.L * -(-problem.B // 16) // plan.groups)
-        if launches * 1.3 < problem.L * found[0][0]:  # about what a step of two weights costs
-            plans.insert(0, plan)
+    together = _persistent(problem, device, backward, 16, problem.L) if problem.stack and found else None
+    # a step of two weights costs about 1.3 of one
+    if together and launches(together, problem) * 1.3 < problem.L * found[0][0]:
+        plans.insert(0, together)
     # a guess: with so many launches in turn, one large GEMM a step is no slower
     return [*plans, stepwise] if found and found[0][0] <= 8 else [stepwise, *plans]
+
+
+def launches(plan: Plan, problem: Problem) -> int:
+    """Return how many launches one pass takes, all its groups of programs after one another, where programs meet."""
+    groups = (problem.L if plan.regime == "wavefront" else problem.D) * -(-problem.B // plan.BLOCK_B)
+    return -(-groups // plan.groups) if plan.groups else 1
 
 
 # largest H by target and bytes of an element of which a chip holds all of W_hh, found by compiling: for tiles of 16

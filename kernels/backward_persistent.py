@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from .barrier import arrive, slot, wait, wait_unless
-from .cell import cell_backward, dot, first_row, gate_rows, join_gates, load_gates, store_gates
+from .cell import cell_backward, dot, first_row, gate_rows, join_gates, load_gates, rounded, store_gates
 
 
 @triton.jit
@@ -209,7 +209,7 @@ def backward_persistent(
         i, f, g, o = i.to(tl.float32), f.to(tl.float32), g.to(tl.float32), o.to(tl.float32)
         di, df, dg, do, dc_new = cell_backward(dh, dc, i, f, g, o, c_prev, c)
         di, df, dg, do = di.to(dtype), df.to(dtype), dg.to(dtype), do.to(dtype)
-        da = join_gates(di, df, dg, do, BLOCK_H, BLOCK_B, RUN=BLOCK_H)
+        da = rounded(join_gates(di, df, dg, do, BLOCK_H, BLOCK_B, RUN=BLOCK_H), PRECISION)
 
         part_ptrs_s = part_ptrs + slot(s) * slot_size
         for n in tl.static_range(CHUNKS):

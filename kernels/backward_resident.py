@@ -12,7 +12,7 @@ saved arrives one step ahead of its use. The gradients of weights, input and h0 
 import triton
 import triton.language as tl
 
-from .cell import cell_backward, dot, first_row, gate_rows, join_gates, split_gates
+from .cell import cell_backward, dot, first_row, gate_rows, join_gates, rounded, split_gates
 
 
 @triton.jit(do_not_specialize=["T", "B"])
@@ -60,6 +60,7 @@ def backward_resident(
         mask=(unit < H)[None, :] & (k < H)[:, None],
         other=0.0,
     )
+    w_t = rounded(w_t, PRECISION)
     dh = tl.load(dh_n_ptr + offs_state, mask=mask, other=0.0).to(tl.float32)
     dc = tl.load(dc_n_ptr + offs_state, mask=mask, other=0.0).to(tl.float32)
     c0 = tl.load(c0_ptr + offs_state, mask=mask, other=0.0).to(tl.float32)

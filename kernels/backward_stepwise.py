@@ -8,7 +8,7 @@ The counterpart of forward_stepwise.py; (t+1 and t-1 change places in direction 
 import triton
 import triton.language as tl
 
-from .cell import cell_backward, dot, first_row
+from .cell import cell_backward, dot_apart, first_row, rounded
 
 
 @triton.jit(do_not_specialize=["s", "T", "B"])
@@ -75,7 +75,7 @@ def backward_stepwise(
     for k0 in range(0, 4 * H, BLOCK_K):
         w_t = tl.load(w_ptrs + k0 * H, mask=(j < H)[:, None] & (k0 + k < 4 * H)[None, :], other=0.0)
         da = tl.load(da_ptrs + k0, mask=(k0 + k < 4 * H)[:, None] & mask_after, other=0.0)
-        dh += dot(w_t, da, PRECISION)
+        dh += dot_apart(rounded(w_t, PRECISION), rounded(da, PRECISION), PRECISION)
     dh_n = tl.load(dh_n_ptr + state + offs_state, mask=mask, other=0.0).to(tl.float32)
     dh = tl.where(has_after, dh, dh_n)
     dh += tl.load(d_output_ptr + row * (D * H) + offs_h, mask=mask_t, other=0.0).to(tl.float32)

@@ -19,13 +19,13 @@ import triton
 import triton.language as tl
 
 from .barrier import arrive, slot, wait, wait_unless
-from .cell import activate, dot, first_row, gate_rows, split_gates, tanh
+from .cell import activate, dot, first_row, gate_rows, rounded, split_gates, tanh
 
 
 @triton.jit
-def load_columns(w_ptrs, k0, SIZE: tl.constexpr, SPLIT: tl.constexpr):
+def load_columns(w_ptrs, k0, SIZE: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr):
     """Columns [k0, k0 + SIZE) of a tile of rows of a weight; [SPLIT, rows, SIZE / SPLIT] if split."""
-    w = tl.load(w_ptrs + (k0 + tl.arange(0, SIZE))[None, :])
+    w = rounded(tl.load(w_ptrs + (k0 + tl.arange(0, SIZE))[None, :]), PRECISION)
     if SPLIT > 1:
         # in the order in which `load_h` has the units
         WORD: tl.constexpr = 32 // w.dtype.primitive_bitwidth
@@ -37,12 +37,18 @@ def load_columns(w_ptrs, k0, SIZE: tl.constexpr, SPLIT: tl.constexpr):
 
 @triton.jit
 def load_rows(
-    w_ptrs, CHUNKS: tl.constexpr, KEPT: tl.constexpr, BLOCK_K: tl.constexpr, TAIL_K: tl.constexpr, SPLIT: tl.constexpr
+    w_ptrs,
+    CHUNKS: tl.constexpr,
+    KEPT: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    TAIL_K: tl.constexpr,
+    SPLIT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """A tile of rows of a weight: the chunks of its columns that stay on the chip."""
     w = ()
     for n in tl.static_range(CHUNKS):
-        w = w + (load_columns(w_ptrs, n * BLOCK_K, BLOCK_K if n < KEPT else TAIL_K, SPLIT),)
+        w = w + (load_columns(w_ptrs, n * BLOCK_K, BLOCK_K if n < KEPT else TAIL_K, SPLIT, PRECISION),)
     return w
 
 
@@ -140,7 +146,7 @@ def forward_persistent(
     c_n_ptr,  # [D, B, H]
     gates_ptr,  # [N, D*4H], activated; not touched without SAVE
     cells_ptr,  # [N, D*H], float32; not touched without SAVE
-    exchange_ptr,  # [2, groups, BLOCK_B, WIDTH], zeros; of a stack [T + 1, ...]
+    exchange_ptr,  # [2, groups, BLOCK_B, WIDTH], zeros; of a stack [T + 1, ...]; holds h as the dots take it
     counters_ptr,  # [groups, 32] int32, zeros; a line each, for they are polled
     lengths_ptr,  # [B] int32, falling; not touched without VARLEN
     offsets_ptr,  # [T] int64; not touched without VARLEN
@@ -223,16 +229,16 @@ def forward_persistent(
 
     PITCH: tl.constexpr = 2 * WIDTH if STACK else WIDTH
     w_ptrs = w_hh_ptr + part.to(tl.int64) * (4 * UNITS * PITCH) + ((gate * UNITS + unit) * PITCH)[:, None]
-    w = load_rows(w_ptrs, CHUNKS, KEPT, BLOCK_K, TAIL_K, SPLIT)
+    w = load_rows(w_ptrs, CHUNKS, KEPT, BLOCK_K, TAIL_K, SPLIT, PRECISION)
     if STREAM:
-        w_tail = load_columns(w_ptrs, TAIL, TAIL_K, SPLIT)
+        w_tail = load_columns(w_ptrs, TAIL, TAIL_K, SPLIT, PRECISION)
 
     if STACK:
-        w_below = load_rows(w_ptrs + WIDTH, CHUNKS, KEPT, BLOCK_K, TAIL_K, SPLIT)
+        w_below = load_rows(w_ptrs + WIDTH, CHUNKS, KEPT, BLOCK_K, TAIL_K, SPLIT, PRECISION)
 
     h = tl.load(h0_ptr + offs_state, mask=mask, other=0.0)
     c = tl.load(c0_ptr + offs_state, mask=mask, other=0.0).to(tl.float32)
-    tl.store(h_own, h)
+    tl.store(h_own, rounded(h, PRECISION))
     arrive(counter, HIP)
 
     if VARLEN:
@@ -282,7 +288,7 @@ def forward_persistent(
             for k0 in range(TAIL, WIDTH, TAIL_K):
                 # one ahead; after the last comes the first, for the next step
                 k_next = tl.where(k0 + TAIL_K < WIDTH, k0 + TAIL_K, TAIL)
-                w_next = load_columns(w_ptrs, k_next, TAIL_K, SPLIT)
+                w_next = load_columns(w_ptrs, k_next, TAIL_K, SPLIT, PRECISION)
                 h_next = load_h(h_ptrs, k_next, TAIL_K, SPLIT)
                 parts += dot(w_tail, h_tail, PRECISION)
                 w_tail = w_next
@@ -303,7 +309,7 @@ def forward_persistent(
         else:
             c = c_new
             h = h_new.to(dtype)
-        tl.store(h_own + place(s + 1, STACK) * slot_size, h)
+        tl.store(h_own + place(s + 1, STACK) * slot_size, rounded(h, PRECISION))
         arrive(counter, HIP)
 
         # nobody waits for these

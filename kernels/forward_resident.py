@@ -12,7 +12,7 @@ the wait for memory would be longer than the arithmetic. A larger W_hh does not 
 import triton
 import triton.language as tl
 
-from .cell import cell_forward, dot, first_row, gate_rows, join_gates
+from .cell import cell_forward, dot, first_row, gate_rows, join_gates, rounded
 
 
 @triton.jit(do_not_specialize=["T", "B"])
@@ -61,6 +61,7 @@ def forward_resident(
         mask=(unit < H)[:, None] & (k < H)[None, :],
         other=0.0,
     )
+    w = rounded(w, PRECISION)
     h = tl.load(h0_ptr + offs_state, mask=mask, other=0.0)
     c = tl.load(c0_ptr + offs_state, mask=mask, other=0.0).to(tl.float32)
 
@@ -82,7 +83,7 @@ def forward_resident(
         mask_x = mask_gates & (t_next < lengths)[None, :] if VARLEN else mask_gates
         x_next = tl.load(gates_x_ptr + row_next * (D * 4 * H) + offs_gates, mask=mask_x, other=0.0)
 
-        a = dot(w, h, PRECISION) + x.to(tl.float32)
+        a = dot(w, rounded(h, PRECISION), PRECISION) + x.to(tl.float32)
         i, f, g, o, c_new, h_new = cell_forward(a, c, BLOCK_H, BLOCK_B)
         mask_t = mask
         mask_gates_t = mask_gates

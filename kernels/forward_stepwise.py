@@ -12,7 +12,7 @@ the arithmetic (small H) forward_resident.py is the tool.
 import triton
 import triton.language as tl
 
-from .cell import cell_forward, dot, first_row, gate_rows, join_gates
+from .cell import cell_forward, dot_apart, first_row, gate_rows, join_gates, rounded
 
 
 @triton.jit(do_not_specialize=["s", "T", "B"])
@@ -79,7 +79,7 @@ def forward_stepwise(
     for k0 in range(0, H, BLOCK_K):
         w = tl.load(w_ptrs + k0, mask=(unit < H)[:, None] & (k0 + k < H)[None, :], other=0.0)
         h = tl.load(h_ptrs + k0, mask=(k0 + k < H)[:, None] & mask_b[None, :], other=0.0)
-        a += dot(w, h, PRECISION)
+        a += dot_apart(rounded(w, PRECISION), rounded(h, PRECISION), PRECISION)
     a += tl.load(gates_x_ptr + row_gates + offs_gates, mask=mask_gates_t, other=0.0).to(tl.float32)
 
     c = tl.load(c_ptr + state + offs_state, mask=mask, other=0.0)

@@ -44,8 +44,13 @@ def test_an_unknown_gpu_gets_a_frugal_plan_but_stock_by_default():
 def test_auto_on_a_gpu(gpu, training):
     small = decide(problem(H=32, dtype=torch.bfloat16, training=training), GPUS[gpu])
     assert (small.backend, small.regime) == ("triton", "resident")
-    large = decide(problem(H=1024, dtype=torch.bfloat16, training=training), GPUS[gpu])
-    assert (large.backend, large.regime) == ("torch", "stock")
+    for B, expected in ((16, "persistent" if gpu in ("H100", "H200") else "stock"), (256, "stock")):
+        large = decide(problem(B=B, H=1024, dtype=torch.bfloat16, training=training), GPUS[gpu])
+        assert large.regime == expected
+    for dtype in (torch.float16, torch.float32):  # cuDNN's persistent kernel; MIOpen has none
+        dense = decide(problem(H=32, dtype=dtype, training=training), GPUS[gpu])
+        assert dense.backend == ("triton" if GPUS[gpu].kind == "hip" else "torch")
+        assert decide(problem(H=32, dtype=dtype, training=training, runs=3), GPUS[gpu]).backend == "triton"
     double = decide(problem(dtype=torch.float64, training=training), GPUS[gpu])
     assert double.backend == "torch"
     assert "float64" in double.reason
@@ -135,12 +140,13 @@ def test_others_by_name(device):
 
 def test_environment_overrides_auto_only(monkeypatch):
     monkeypatch.setenv("FASTLSTM_BACKEND", "reference")
-    decision = decide(problem(), GPUS["H100"])
+    packed = problem(runs=3)
+    decision = decide(packed, GPUS["H100"])
     assert decision.backend == "reference"
     assert "FASTLSTM_BACKEND" in decision.reason
-    assert decide(problem(), GPUS["H100"], "torch").backend == "torch"
+    assert decide(packed, GPUS["H100"], "torch").backend == "torch"
     monkeypatch.setenv("FASTLSTM_BACKEND", "auto")
-    assert decide(problem(), GPUS["H100"]).backend == "triton"
+    assert decide(packed, GPUS["H100"]).backend == "triton"
     monkeypatch.setenv("FASTLSTM_BACKEND", "cudnn")
     with pytest.raises(ValueError, match=r"FASTLSTM_BACKEND must be one of auto, .* got 'cudnn'"):
         decide(problem(), GPUS["H100"])

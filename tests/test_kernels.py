@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -238,3 +240,20 @@ def test_a_stack_as_dispatch_runs_it(H, L, B, packed, dtype):
     expected = run_lstm(truth, x.to(torch.float64), tuple(state.double() for state in hx))
     network.backend = "reference"
     assert_close(results, expected, run_lstm(network, x, hx), dtype=dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available() or interpreting(), reason="needs a GPU")
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+@pytest.mark.parametrize(("H", "B"), [(64, 16), (256, 32), (512, 16), (1500, 16)])
+def test_tf32_is_as_near_as_cudnns(H, B, packed, monkeypatch):
+    """Over a long sequence what rounds all one way adds up, in the gradient of a bias most of all."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    stock = nn.LSTM(64, H, device="cuda")
+    network = fastlstm.LSTM(64, H, backend="triton", device="cuda")
+    network.load_state_dict(stock.state_dict())
+    xs = [torch.randn(128 - n * packed, 64) for n in range(B)]
+    x: Any = pack_sequence(xs) if packed else torch.stack(xs, 1)
+    x = x.to("cuda")
+    truth = run_lstm(copy.deepcopy(stock).double(), x.to(torch.float64))
+    assert_close(run_lstm(network, x), truth, run_lstm(stock, x), dtype=torch.float32)
