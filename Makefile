@@ -22,7 +22,7 @@ test: $(VENV)/stamp-test  ## prove outputs and every gradient, on the CPU
 	$(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
 
 test-gpu: $(VENV)/stamp-test  ## the same proofs, natively on the GPU
-	$(BIN)/python -m pytest -m gpu $(ARGS)
+	$(BIN)/python -m pytest -m gpu -n 4 --dist worksteal $(ARGS)
 
 lint: $(VENV)/stamp-dev  ## ruff check and ruff format --check
 	$(BIN)/ruff check .

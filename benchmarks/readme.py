@@ -10,8 +10,12 @@ from benchmarks.tables import milliseconds
 
 README = FOLDER.parent.parent / "README.md"
 
-# what the README shows of a result file, and where: between two comments, of which the first names the file
-README_ROWS = r"^c/(dense|packed)/fp32|^f/packed/fp32|^b/packed/bf16|^b/dense-proj64/fp32|^charlm"
+# what the README shows of a result file, by device, and where: between two comments, of which the first names the file
+README_ROWS = {
+    "cpu": r"^c/(dense|packed)/fp32|^f/packed/fp32|^b/packed/bf16|^b/dense-proj64/fp32|^charlm",
+    "cuda": r"^(c|long-768|deepbench-(512x64|1024x16|2048x128))/dense/bf16|^(b|c)/packed/bf16"
+    r"|^deepbench-512x64/dense-bidirectional/bf16|^deepbench-256x64/dense/fp|^deepbench-1024x16/dense/fp16",
+}
 README_TABLE = re.compile(r"(?P<begin><!-- results: (?P<file>\S+) -->)\n.*?(?P<end><!-- end of results -->)", re.DOTALL)
 
 
@@ -77,7 +81,7 @@ def fill_readme(readme: str) -> str:
 
     def table(match: re.Match[str]) -> str:
         result = load(README.parent / match["file"])
-        body = f"{readme_table(result, README_ROWS)}\n{provenance(result)}; `{result['command']}`"
+        body = f"{readme_table(result, README_ROWS[result['settings']['device']])}\n{provenance(result)}; `{result['command']}`"
         return f"{match['begin']}\n{body}\n{match['end']}"
 
     return README_TABLE.sub(table, readme)
