@@ -52,6 +52,8 @@ def lines(result: Result) -> list[Line]:
     for job in result["jobs"]:
         text = f"character model, {job['steps']} steps"
         ratios: dict[str, Spread | None] = {name: column["ratio"] for name, column in job["columns"].items()}
+        if job["status"] != "ok":
+            ratios[OURS] = None
         families["a real job"][text] = Line(text, {True: ratios})
     return [line for title, found in families.items() if found for line in (Line(title, {}), *found.values())]
 

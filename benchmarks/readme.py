@@ -68,10 +68,11 @@ def readme_table(result: Result, pattern: str = "") -> str:
     for job in result["jobs"]:
         if re.search(pattern, job["name"]):
             found, stock = job["columns"][OURS], job["columns"][STOCK]
+            speed = f"{found['ratio']['median']:.2f}x ({stock['seconds']:.1f} to {found['seconds']:.1f} s)"
             lines.append(
                 f"| {job['name'].split('/')[0]}: {job['steps']} training steps on real text, "
                 f"{found['bits_per_character']:.3f} bits per character (stock {stock['bits_per_character']:.3f}) "
-                f"| | {found['ratio']['median']:.2f}x ({stock['seconds']:.1f} to {found['seconds']:.1f} s) | |"
+                f"| | {speed if job['status'] == 'ok' else 'refused'} | |"
             )
     return "\n".join(lines) + "\n"
 
@@ -81,7 +82,8 @@ def fill_readme(readme: str) -> str:
 
     def table(match: re.Match[str]) -> str:
         result = load(README.parent / match["file"])
-        body = f"{readme_table(result, README_ROWS[result['settings']['device']])}\n{provenance(result)}; `{result['command']}`"
+        rows = readme_table(result, README_ROWS[result["settings"]["device"]])
+        body = f"{rows}\n{provenance(result)}; `{result['command']}`"
         return f"{match['begin']}\n{body}\n{match['end']}"
 
     return README_TABLE.sub(table, readme)

@@ -74,9 +74,11 @@ def _differentiate_twice(
     references = [TensorWeakRef(tensor) for tensor in inputs]
 
     def replace(gradients: tuple[Tensor | None, ...], cotangents: tuple[Tensor | None, ...]) -> Any:
+        if not torch.is_grad_enabled():
+            return None
         saved = [reference() for reference in references]
         present = [tensor for tensor in saved if tensor is not None]
-        if not torch.is_grad_enabled() or len(present) < len(saved):
+        if len(present) < len(saved):
             return None
         given = [cotangent for cotangent in cotangents if cotangent is not None]
         # aliases, in the dtype that autocast has brought them to: other ways to the same tensors must not be counted

@@ -110,6 +110,18 @@ def test_plot_of_winner_loser_and_refusal(tmp_path):
     assert labels[2] == "packed input (variable lengths)"
 
 
+@pytest.mark.parametrize("status", ["ok", "loss curve is off"])
+def test_a_job_that_went_astray_shows_no_speed(status):
+    ratio: Any = {"median": 1.5, "p20": 1.4, "p80": 1.6}
+    column: Any = {"bits_per_character": 2.0, "seconds": 1.0, "ratio": ratio, "losses": []}
+    job: Any = {"name": charlm.NAME, "steps": 3, "status": status, "columns": dict.fromkeys((STOCK, OURS), column)}
+    result: Any = {**make_result(), "jobs": [job]}
+    (shown,) = plot.lines(result)[-1].modes.values()
+    assert shown[OURS] == (ratio if status == "ok" else None)
+    assert ("1.50x" in readme_table(result)) == (status == "ok")
+    assert ("refused | |" in readme_table(result)) == (status != "ok")
+
+
 def test_plot_names_what_it_has_drawn(tmp_path, monkeypatch, capsys):
     for name, suite in (("drawn", "default"), ("empty", "sweep")):
         rows: Any = [{**make_row("dense", True, 2.0), "suite": suite}]
