@@ -82,7 +82,7 @@ def fill_readme(readme: str) -> str:
 
     def table(match: re.Match[str]) -> str:
         result = load(README.parent / match["file"])
-        rows = readme_table(result, README_ROWS[result["settings"]["device"]])
+        rows = readme_table(result, README_ROWS[str(result["settings"]["device"])])
         body = f"{rows}\n{provenance(result)}; `{result['command']}`"
         return f"{match['begin']}\n{body}\n{match['end']}"
 
