@@ -65,7 +65,7 @@ def result_dtypes(
 
 
 def _onednn_has(dtype: torch.dtype) -> bool:
-    return dispatch._onednn_has(dtype)
+    return dispatch.onednn_has(dtype)
 
 
 # all that torch.compiler.assume_constant_result does, but for importing torch._dynamo, and triton with it

@@ -201,7 +201,7 @@ def _decide_cpu(problem: Problem, target: str) -> tuple[str, str, str]:
         target = "intel"  # its tiles are for bfloat16
     if p.B == 0:
         return "torch", "stock", "The batch has no rows."
-    if _onednn_has(p.dtype):
+    if onednn_has(p.dtype):
         # stock, too, sees that a packed batch with one run is dense
         if p.runs <= 1 and not p.P:
             if p.T == 1 and p.B <= 8 and not p.training:
@@ -220,7 +220,7 @@ def _decide_cpu(problem: Problem, target: str) -> tuple[str, str, str]:
     return "torch", "stock", f"Since {obstacle}, stock's own loop over the steps is as fast as any."
 
 
-def _onednn_has(dtype: torch.dtype) -> bool:
+def onednn_has(dtype: torch.dtype) -> bool:
     """Whether oneDNN runs stock's dense LSTM in a dtype on this machine."""
     if not (torch.backends.mkldnn.is_available() and torch._C._get_mkldnn_enabled()):
         return False
@@ -297,8 +297,12 @@ def _loop_pays(p: Problem, target: str) -> bool:
     if p.dtype == torch.bfloat16:  # stock's products are slower than MKL's of float32
         return p.T >= 16
     wide = p.I / p.H  # stock multiplies all inputs at once
-    shortest = 24 if p.P else max(32, 40 * wide) if _products(p) > 1 << 19 else 72 * max(1, wide)
-    if p.dtype != torch.float32 or wide > 2 or not _mkl_pays(p) or shortest > p.T:
+    double = p.dtype == torch.float64
+    large = _products(p) > 1 << 19 and not double
+    shortest = 24 if p.P and not double else max(32, 40 * wide) if large else 72 * max(1, wide)
+    if p.dtype not in (torch.float32, torch.float64) or wide > (1 if double else 2) or shortest > p.T:
         return False
     few = not p.P and _products(p) >= p.B**2 << 13  # rows, and weights too large for what is computed with them
-    return not few and one_product_pays(p.T * p.B, p.B, p.I, p.H, p.P or p.H, p.dtype)
+    if not double and (few or not _mkl_pays(p)):  # for float64 oneDNN has no layer to compare with
+        return False
+    return one_product_pays(p.T * p.B, p.B, p.I, p.H, p.P or p.H, p.dtype)

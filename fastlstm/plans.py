@@ -132,9 +132,9 @@ def candidates(problem: Problem, device: Device, backward: bool = False) -> list
     num_warps = 8 if rdna and itemsize == 4 else 4  # float32 without a matrix unit spills in fewer
     stepwise = Plan("stepwise", 16, BLOCK_B, 128 // itemsize, num_warps, 3 if vendor == "cuda" else 2)
     found = []
-    for BLOCK_B, cost in ((16, 1.0), (32, 1.25)):  # about what a step costs
-        plan = _persistent(problem, device, backward, BLOCK_B)
-        if plan and (BLOCK_B == 16 or problem.B > 16):
+    for rows, cost in ((16, 1.0), (32, 1.25)):  # about what a step costs
+        plan = _persistent(problem, device, backward, rows)
+        if plan and (rows == 16 or problem.B > 16):
             found.append((launches(plan, problem) * cost, plan))
     found.sort(key=lambda entry: entry[0])
     plans = [plan for _, plan in found]

@@ -17,8 +17,8 @@ import fastlstm
 from fastlstm import cpu, cutting, dispatch, functional
 from fastlstm.problem import Device
 
-pytestmark = pytest.mark.skipif(not dispatch._onednn_has(torch.float32), reason="needs oneDNN")
-NEEDS_BFLOAT16 = pytest.mark.skipif(not dispatch._onednn_has(torch.bfloat16), reason="needs a CPU with bfloat16")
+pytestmark = pytest.mark.skipif(not dispatch.onednn_has(torch.float32), reason="needs oneDNN")
+NEEDS_BFLOAT16 = pytest.mark.skipif(not dispatch.onednn_has(torch.bfloat16), reason="needs a CPU with bfloat16")
 DTYPES = (torch.float32, pytest.param(torch.bfloat16, marks=NEEDS_BFLOAT16))
 # _ROWS_PER_CUT, _CHUNK_BYTES: what makes the chunks what their names say
 CUTS = {"one chunk": (1e9, 1 << 40), "a chunk a run": (0, 1 << 40), "within runs": (1e9, 0), "some": (9, 1 << 40)}

@@ -17,10 +17,10 @@ from fastlstm.problem import Problem, device_of
 
 CPU = torch.device("cpu")
 pytestmark = [
-    pytest.mark.skipif(not dispatch._onednn_has(torch.float32), reason="needs oneDNN"),
+    pytest.mark.skipif(not dispatch.onednn_has(torch.float32), reason="needs oneDNN"),
     pytest.mark.skipif(way(CPU) != RESIDENT, reason="needs Linux's /proc and glibc"),
 ]
-NEEDS_BFLOAT16 = pytest.mark.skipif(not dispatch._onednn_has(torch.bfloat16), reason="needs a CPU with bfloat16")
+NEEDS_BFLOAT16 = pytest.mark.skipif(not dispatch.onednn_has(torch.bfloat16), reason="needs a CPU with bfloat16")
 # of ours to stock's
 BOUNDS = {("fp32", True): 1.0, ("fp32", False): 0.9, ("bf16", True): 1.1, ("bf16", False): 1.0}
 

@@ -52,7 +52,7 @@ PACKED = Problem(T=100, B=16, I=64, H=128, runs=14, training=True)
     ids=str,
 )
 def test_auto_on_a_cpu(backend, changes, monkeypatch):
-    monkeypatch.setattr(dispatch, "_onednn_has", lambda dtype: dtype in (torch.float32, torch.bfloat16))
+    monkeypatch.setattr(dispatch, "onednn_has", lambda dtype: dtype in (torch.float32, torch.bfloat16))
     problem = Problem(**{**vars(PACKED), **changes})
     assert decide(problem, Device("cpu", "cpu")).backend == backend
 
@@ -82,6 +82,11 @@ def test_auto_on_a_cpu(backend, changes, monkeypatch):
         ("torch", {"training": False, "T": 15, "dtype": torch.bfloat16}),
         ("reference", {"training": False, "T": 16, "dtype": torch.bfloat16}),
         ("onednn", {"training": False, "T": 16, "B": 4, "dtype": torch.bfloat16}),
+        ("reference", {"training": False, "T": 72, "B": 4, "dtype": torch.float64}),
+        ("torch", {"training": False, "T": 71, "dtype": torch.float64}),
+        ("torch", {"training": False, "B": 3, "dtype": torch.float64}),
+        ("torch", {"training": False, "I": 129, "dtype": torch.float64}),
+        ("torch", {"training": False, "T": 71, "P": 64, "dtype": torch.float64}),
         ("reference", {"dtype": torch.bfloat16}),
         ("reference", {"P": 16, "dtype": torch.bfloat16}),
         ("reference", {"T": 8}),
@@ -94,7 +99,7 @@ def test_auto_on_a_cpu(backend, changes, monkeypatch):
     ids=str,
 )
 def test_auto_on_intel(backend, changes, monkeypatch):
-    monkeypatch.setattr(dispatch, "_onednn_has", lambda dtype: dtype in (torch.float32, torch.bfloat16))
+    monkeypatch.setattr(dispatch, "onednn_has", lambda dtype: dtype in (torch.float32, torch.bfloat16))
     problem = Problem(**{**vars(PACKED), **changes})
     assert decide(problem, Device("cpu", "intel")).backend == backend
 
@@ -131,7 +136,7 @@ ODD = {**BF16, "runs": 0, "I": 39, "training": False}
     ids=str,
 )
 def test_auto_with_amx(backend, changes, monkeypatch):
-    monkeypatch.setattr(dispatch, "_onednn_has", lambda dtype: dtype in (torch.float32, torch.bfloat16))
+    monkeypatch.setattr(dispatch, "onednn_has", lambda dtype: dtype in (torch.float32, torch.bfloat16))
     assert decide(Problem(**{**vars(PACKED), **changes}), Device("cpu", "amx")).backend == backend
 
 
