@@ -53,6 +53,7 @@ Scores = dict[str, float]
 
 def run(folder: Path, name: str, *flags: str) -> tuple[str, Path]:
     """Run an example in smoke mode, in a process of its own; return what it printed, and where its plot is."""
+    (folder / "printed").touch()  # the process may die before it opens it
     process: Any = multiprocessing.get_context(FRESH).Process(target=run_here, args=(folder, name, *flags))
     process.start()
     process.join(timeout=300)
