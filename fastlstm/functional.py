@@ -230,7 +230,7 @@ def _decide(
         return replace(decision, reason="It can recompute its gates, which stock's op cannot.")
     override = dispatch.override() if backend == "auto" else ""
     dtype = autocast.dtype_for(data)
-    tf32 = data.is_cuda and allows_tf32()
+    tf32 = data.is_cuda and (dtype or data.dtype) == torch.float32 and allows_tf32()
     apart = bool((network.dropout and network.training) or (network.recompute and training))
     problem = (*sizes, dtype or data.dtype, training, runs, tf32, apart)
     device = device_of(data.device)
