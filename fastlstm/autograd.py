@@ -66,7 +66,7 @@ def lstm_layer(
         if recompute and not gemms_suffice(backend, x.device, x.dtype, flat[4] is not None):
             save = False
         how = (batch_sizes, save, recompute, backend, stack)
-        if _is_traced(x, h0, c0, *present):
+        if _needs_op(x, h0, c0, *present):
             output, h_n, c_n, _, _ = lstm_forward(x, h0, c0, present, *how)
         elif needed:
             output, h_n, c_n, _, _ = LSTMFunction.apply(x, h0, c0, *how, *present)
@@ -87,20 +87,27 @@ def transformed() -> bool:
     return forward_ad._current_level >= 0 or functions.peek_interpreter_stack() is not None
 
 
-def _is_traced(*tensors: Tensor) -> bool:
+def _needs_op(*tensors: Tensor) -> bool:
     """Whether somebody looks on who should see one op, not what it does.
 
     That is a compiler, a tracer, any mode of dispatch, or a tensor with a way of its own.
     """
     if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return True
-    return torch._C._len_torch_dispatch_stack() > 0 or not all(type(t) in _PLAIN and not is_vmapped(t) for t in tensors)
+    return torch._C._len_torch_dispatch_stack() > 0 or not all(type(t) in _PLAIN for t in tensors)
 
 
-def is_vmapped(tensor: Tensor) -> bool:
-    """Whether a tensor stands for several, as cotangents do where gradients are batched (`is_grads_batched`)."""
+def need_plain_ops(cotangents: Sequence[Tensor | None]) -> bool:
+    """Whether cotangents stand for several each (vmap, `is_grads_batched`) or may have tangents.
+
+    As in a forward pass (`transformed`), that is followed into plain ops only.
+    """
     functions: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
-    return functions.is_legacy_batchedtensor(tensor)
+    interpreter = functions.peek_interpreter_stack()
+    if interpreter is not None:  # in torch.func's own jvp autograd makes no graph of what runs here
+        return interpreter.key() == functions.TransformType.Vmap
+    legacy = any(t is not None and functions.is_legacy_batchedtensor(t) for t in cotangents)
+    return legacy or forward_ad._current_level >= 0
 
 
 def differentiable_backward(
@@ -211,13 +218,13 @@ def _differentiate(
     flat = spread(weights, len(h0))
     needs = (*needs, *(bool(need) for need in spread(needs_weights, len(h0))))
     arguments = ((d_output, dh_n, dc_n), (x, h0, c0, *flat), needs)
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() or need_plain_ops(cotangents):
         gradients = differentiable_backward(*arguments, batch_sizes, ctx.stack)
     else:
         with autocast.off(x.device):
             if not ctx.save:
                 again = (batch_sizes, True, False, ctx.backend, ctx.stack)
-                run = lstm_forward if _is_traced(x, h0, c0, *weights) else run_forward
+                run = lstm_forward if _needs_op(x, h0, c0, *weights) else run_forward
                 gates, cells = run(x, h0, c0, weights, *again)[3:]
             elif ctx.recompute:
                 gates = lstm_gates(x, h0, output, weights, batch_sizes)
@@ -247,7 +254,7 @@ def _gradients(
         w_ih, above, w_hh = by_layer(flat)
     else:
         w_ih, w_hh, w_hr = by_kind(flat)
-    run = lstm_backward if _is_traced(*cotangents, gates, cells, c0, w_hh) else run_backward
+    run = lstm_backward if _needs_op(*cotangents, gates, cells, c0, w_hh) else run_backward
     dgates, dc0, dh = run(d_output, *cotangents[1:], gates, cells, c0, w_hh, w_hr, batch_sizes, backend, above)
     batch_sizes = packing.on_device(batch_sizes, x.device)
 
@@ -270,7 +277,9 @@ def _gradients(
             o = gates[:, (4 * d + 3) * H : (4 * d + 4) * H]
             m = o * cells[:, d * H : (d + 1) * H].tanh().to(o.dtype)
             dw_hr = _sum_of_outer(dh.chunk(D, 1)[d], m)
-        dflat += [dw_ih, dw_hh, db if needs_b_ih else None, db if needs_b_hh else None, dw_hr]
+        # each its own, as stock's are: who scales one in place does not scale the other
+        db_hh = db.clone() if db is not None and needs_b_ih and needs_b_hh else db
+        dflat += [dw_ih, dw_hh, db if needs_b_ih else None, db_hh if needs_b_hh else None, dw_hr]
     # last, for it may be the largest, and the products above need room of their own while they are made
     dx = _times_weight(dgates.chunk(D, 1)[0] if stack else dgates, w_ih).view(shape) if needs_x else None
     return [dx, stack_tensors(dh0) if needs_h0 else None, dc0 if needs_c0 else None, *dflat]

@@ -151,7 +151,7 @@ class _PackedLayer(torch.autograd.Function):
         )
         needs = (*ctx.needs_input_grad[:3], *ctx.needs_input_grad[5:])
         inputs = (x, h0, c0, *flat)
-        if torch.is_grad_enabled() or any(autograd.is_vmapped(t) for t in (d_output, dh_n, dc_n)):
+        if torch.is_grad_enabled() or autograd.need_plain_ops(cotangents):
             gradients = autograd.differentiable_backward((d_output, dh_n, dc_n), inputs, needs, batch_sizes)
         else:
             saved = (output, states, ctx.workspaces, ctx.chunks)
@@ -284,7 +284,7 @@ def _backward(
             sums = [a.add_(b) for a, b in zip(sums, dweights, strict=True)] if sums else dweights
         dh0[d], dc0[d] = dh, dc
         dw_ih, *others = sums
-        dflat += [dw_ih[:, : x.shape[1]], *others, None]
+        dflat += [dw_ih[:, : x.shape[1]].contiguous(), *others, None]
     gradients = zip((dx, dh0, dc0, *dflat), needs, strict=True)
     return [g.to(x.dtype) if g is not None and needed else None for g, needed in gradients]
 

@@ -187,10 +187,12 @@ def _decide_gpu(problem: Problem, device: Device) -> tuple[str, str, str]:
         return "torch", "stock", "Stock's own op runs, since none of our layouts is known to be faster here."
     if any(plans.launches(plan, problem) > 1 for plan in found):
         return "torch", "stock", "Stock's own op runs, since the card holds a part of the batch at a time only."
+    if problem.T <= 32 and (problem.runs or problem.P):
+        return "torch", "stock", "Stock's own op runs, since to prepare packed rows or a projection costs a few steps."
     # cuDNN's persistent kernels are for dense float16 and, up to some H, float32
     large = problem.dtype == torch.float32 and problem.H >= 256
     if device.kind == "cuda" and not (problem.dtype == torch.bfloat16 or problem.runs or large):
-        return "torch", "stock", "Stock's own op runs, since cuDNN, too, keeps W_hh on the chip."
+        return "torch", "stock", "Stock's own op runs, since cuDNN may keep W_hh on the chip, too."
     return "triton", found[0].regime, "W_hh stays on the chip for the whole sequence, as in stock's it does not."
 
 

@@ -117,7 +117,9 @@ def flat_copies(network: Network, weights: list[Tensor]) -> list[Tensor]:
 
     Without it ATen makes the same copy inside the op on every call, and warns about it.
     """
-    copies = [weight.clone() for weight in weights]
+    recording = torch.is_grad_enabled()
+    with torch.inference_mode(False), torch.set_grad_enabled(recording):  # `flatten` cannot move an inference tensor
+        copies = [weight.clone() for weight in weights]
     flatten(network, copies)
     return copies
 
@@ -127,12 +129,12 @@ def flatten(network: Network, weights: list[Tensor]) -> None:
 
     `nn.RNNBase` leaves bfloat16 out, so that its op copies all weights in every call, and warns. Here it moves as bits.
     """
-    sixteen_bits = all(weight.dtype == torch.bfloat16 for weight in weights)
-    moved = [weight.data.view(torch.float16) for weight in weights] if sixteen_bits else weights
     names = ("input_size", "hidden_size", "proj_size", "num_layers", "bias", "batch_first", "bidirectional")
     sizes = {name: getattr(network, name) for name in names}
-    holder: Any = SimpleNamespace(mode="LSTM", _flat_weights=moved, _flat_weights_names=moved, **sizes)
     with torch.inference_mode(False):  # or the parameters themselves would become inference tensors, for good
+        sixteen_bits = all(weight.dtype == torch.bfloat16 for weight in weights)
+        moved = [weight.data.view(torch.float16) for weight in weights] if sixteen_bits else weights
+        holder: Any = SimpleNamespace(mode="LSTM", _flat_weights=moved, _flat_weights_names=moved, **sizes)
         nn.RNNBase.flatten_parameters(holder)
         if sixteen_bits:
             for weight, bits in zip(weights, moved, strict=True):

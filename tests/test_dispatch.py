@@ -50,7 +50,9 @@ def test_auto_on_a_gpu(gpu, training):
     for dtype in (torch.float16, torch.float32):  # cuDNN's persistent kernel; MIOpen has none
         dense = decide(problem(H=32, dtype=dtype, training=training), GPUS[gpu])
         assert dense.backend == ("triton" if GPUS[gpu].kind == "hip" else "torch")
-        assert decide(problem(H=32, dtype=dtype, training=training, runs=3), GPUS[gpu]).backend == "triton"
+        for T, expected in ((32, "torch"), (33, "triton")):
+            packed = decide(problem(T=T, H=32, dtype=dtype, training=training, runs=3), GPUS[gpu])
+            assert packed.backend == expected
     double = decide(problem(dtype=torch.float64, training=training), GPUS[gpu])
     assert double.backend == "torch"
     assert "float64" in double.reason

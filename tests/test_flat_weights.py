@@ -119,13 +119,17 @@ def test_on_a_gpu_weights_lie_in_one_buffer(dtype, projected):
     torch.testing.assert_close(ours(x)[0], expected)
 
 
-def test_a_first_call_in_inference_mode_leaves_trainable_parameters(monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("copied", [False, True])
+def test_a_first_call_in_inference_mode_leaves_trainable_parameters(copied, dtype, monkeypatch):
+    @torch.no_grad()
     def flatten_parameters(network):
         for weight in network._flat_weights:
-            weight.data = weight.data.clone()  # as cuDNN's buffer, allocated in the mode of the call
+            weight.set_(weight.clone())  # as cuDNN's buffer, allocated in the mode of the call
 
+    _, ours = make_pair(dtype=dtype)
     monkeypatch.setattr(nn.RNNBase, "flatten_parameters", flatten_parameters)
-    _, ours = make_pair()
+    weights = ours.current_weights()
     with torch.inference_mode():
-        ours.weights_for_cudnn(ours.current_weights())
+        stock_ops.flat_copies(ours, weights) if copied else ours.weights_for_cudnn(weights)
     assert not any(parameter.is_inference() for parameter in ours.parameters())

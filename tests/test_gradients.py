@@ -7,8 +7,12 @@ from typing import Any
 import pytest
 import torch
 from helpers import Layer, assert_close, make_layer_inputs, run_lstm
+from pairs import I, make_pair
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.utils.rnn import pack_sequence
 from torch.utils.flop_counter import FlopCounterMode
 
+from fastlstm import autograd
 from fastlstm.ops import first_step, lstm_backward, lstm_forward, zero_states
 from fastlstm.weights import by_kind, spread
 
@@ -128,6 +132,36 @@ def test_gradients_accumulate_and_retain_graph():
         torch.testing.assert_close(parameter.grad, 2 * gradient, rtol=0, atol=0)
     # the two biases have equal gradients, in memory of their own
     assert len({gradient.data_ptr() for gradient in gradients if gradient is not None}) == 4
+
+
+@pytest.mark.parametrize("form", ["dense", "packed"])
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_each_gradient_has_memory_of_its_own(backend, form):
+    """As stock's have: who changes one in place does not change another."""
+    _, lstm = make_pair(backend, bidirectional=True)
+    x = pack_sequence([torch.randn(n, I) for n in (26, 25, 20)]) if form == "packed" else torch.randn(26, 3, I)
+    output, _ = lstm(x)
+    total = (output.data if form == "packed" else output).sum()
+    gradients = torch.autograd.grad(total, list(lstm.parameters()))
+    assert all(gradient.is_contiguous() for gradient in gradients)
+    assert len({gradient.untyped_storage().data_ptr() for gradient in gradients}) == len(gradients)
+
+
+def test_eager_calls_go_without_the_op(monkeypatch):
+    """It costs the host more than the launches do; who looks on sees it."""
+
+    def refuse(*_):
+        raise AssertionError
+
+    _, lstm = make_pair("reference")
+    x = torch.randn(5, 3, I)
+    with monkeypatch.context() as patched:
+        for name in ("lstm_forward", "lstm_backward"):
+            patched.setattr(autograd, name, refuse)
+        lstm(x)[0].sum().backward()
+        with torch.no_grad():
+            lstm(x)
+    assert "fastlstm::lstm_forward" in str(make_fx(lambda x: lstm(x)[0])(x).graph).replace(".", "::")
 
 
 def op_arguments(D, P, bias, packed, save):

@@ -211,6 +211,31 @@ def test_batched_cotangents(backend):
         close(gradient, torch.autograd.grad(stock(x)[0], x, cotangent)[0])
 
 
+# "auto" runs this input by chunks or by the loop; stock's dense op is refused by its own vmap
+@pytest.mark.parametrize("backend", ["auto", "reference", pytest.param("triton", marks=INTERPRETED)])
+def test_torch_func_over_a_backward_pass(backend):
+    """The forward pass lies outside of the transform."""
+    stock, ours = make_pair(backend)
+    x = packed()
+    data = x.data.requires_grad_()
+    output, expected = ours(x._replace(data=data))[0].data, stock(x._replace(data=data))[0].data
+    cotangents = torch.randn(3, *output.shape)
+
+    def pull(output, cotangent):
+        return torch.autograd.grad(output, [data], cotangent, retain_graph=True)[0]
+
+    got = vmap(lambda cotangent: pull(output, cotangent))(cotangents)
+    for cotangent, gradient in zip(cotangents, got, strict=True):
+        close(gradient, pull(expected, cotangent))
+    # a gradient is linear in its cotangent, so its own derivative is the gradient of the tangent
+    with forward_ad.dual_level():
+        _, tangent = forward_ad.unpack_dual(pull(output, forward_ad.make_dual(*cotangents[:2])))
+    close(tangent, pull(expected, cotangents[1]))
+    if backend == "reference":
+        derived = jvp(lambda cotangent: pull(output, cotangent), tuple(cotangents[:1]), tuple(cotangents[1:2]))
+        close(derived[1], pull(expected, cotangents[1]))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("form", ["dense", "packed", "projection"])
 @pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
