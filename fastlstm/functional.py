@@ -117,8 +117,8 @@ def forward(
     if decision.regime == "step":
         output, h_n, c_n = stock.run_step(network, weights, data, states)
     elif decision.backend == "torch":
-        plain = functools.partial(_run_layers, backend="reference", stack=False)
-        output, h_n, c_n = stock.run(network, weights, data, batch_sizes, states, decision.problem.training, plain)
+        training = decision.problem.training
+        output, h_n, c_n = stock.run(network, weights, data, batch_sizes, states, training, _run_plain)
     else:
         stack = decision.regime == "wavefront"
         output, h_n, c_n = _run_layers(network, weights, data, batch_sizes, states, decision.implementation, stack)
@@ -346,3 +346,6 @@ def _run_layers(
             rows = F.dropout(rows, network.dropout)
     h_n, c_n = (torch.cat(parts) if together < L * D else parts[0] for parts in zip(*last_states, strict=True))
     return rows.transpose(0, 1) if transposed else rows, h_n, c_n
+
+
+_run_plain = functools.partial(_run_layers, backend="reference", stack=False)
