@@ -178,20 +178,9 @@ class LSTMFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any,
-        x: Tensor,
-        h0: Tensor,
-        c0: Tensor,
-        batch_sizes: Tensor | None,
-        save: bool,
-        recompute: bool,
-        backend: str,
-        stack: bool,
-        *weights: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Run a layer; `weights` are those of each direction, none of them missing or None."""
-        arguments = (x, h0, c0, weights, batch_sizes, save, recompute, backend, stack)
+    def forward(ctx: Any, *given: Any) -> tuple[Tensor, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Run a layer; `given` are the arguments of the op with the weights, which autograd must see, at the end."""
+        arguments: tuple[Any, ...] = (*given[:3], given[8:], *given[3:8])
         results = run_forward(*arguments)
         _save_for_backward(ctx, arguments, results)
         return results
