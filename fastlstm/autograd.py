@@ -11,16 +11,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.autograd import forward_ad
+from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from fastlstm import autocast, packing, reference
+from fastlstm import autocast, gemms, packing, reference, tracing
 from fastlstm.ops import as_rows, gemms_suffice, lstm_backward, lstm_forward, lstm_gates, run_backward, run_forward
 from fastlstm.weights import DirectionWeights, biases, by_kind, by_layer, spread
 from fastlstm.weights import stack as stack_tensors
-
-_PLAIN = (Tensor, nn.Parameter)
 
 
 def lstm_layer(
@@ -55,7 +52,7 @@ def lstm_layer(
         c_n [D, B, H].
     """
     flat = [weight for direction in weights for weight in direction]
-    if transformed():
+    if tracing.transformed():
         output, h_n, c_n = _differentiable(x, h0, c0, flat, batch_sizes, stack)
     else:
         present = [weight for weight in flat if weight is not None]
@@ -66,7 +63,7 @@ def lstm_layer(
         if recompute and not gemms_suffice(backend, x.device, x.dtype, flat[4] is not None):
             save = False
         how = (batch_sizes, save, recompute, backend, stack)
-        if _needs_op(x, h0, c0, *present):
+        if tracing.watched(x, h0, c0, *present):
             output, h_n, c_n, _, _ = lstm_forward(x, h0, c0, present, *how)
         elif needed:
             output, h_n, c_n, _, _ = LSTMFunction.apply(x, h0, c0, *how, *present)
@@ -74,40 +71,6 @@ def lstm_layer(
             with torch._C._AutoDispatchBelowAutograd():
                 output, h_n, c_n, _, _ = run_forward(x, h0, c0, present, *how)
     return output[..., -h0.shape[2] :].contiguous() if stack else output, h_n, c_n
-
-
-def transformed() -> bool:
-    """Whether torch.func or forward-mode AD is at work: they see into plain ops only, and past ours to a wrong result.
-
-    torch.compile has transforms of its own, and never asks.
-    """
-    if torch.compiler.is_compiling():
-        return False
-    functions: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
-    return forward_ad._current_level >= 0 or functions.peek_interpreter_stack() is not None
-
-
-def _needs_op(*tensors: Tensor) -> bool:
-    """Whether somebody looks on who should see one op, not what it does.
-
-    That is a compiler, a tracer, any mode of dispatch, or a tensor with a way of its own.
-    """
-    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
-        return True
-    return torch._C._len_torch_dispatch_stack() > 0 or not all(type(t) in _PLAIN for t in tensors)
-
-
-def need_plain_ops(cotangents: Sequence[Tensor | None]) -> bool:
-    """Whether cotangents stand for several each (vmap, `is_grads_batched`) or may have tangents.
-
-    As in a forward pass (`transformed`), that is followed into plain ops only.
-    """
-    functions: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
-    interpreter = functions.peek_interpreter_stack()
-    if interpreter is not None:  # in torch.func's own jvp autograd makes no graph of what runs here
-        return interpreter.key() == functions.TransformType.Vmap
-    legacy = any(t is not None and functions.is_legacy_batchedtensor(t) for t in cotangents)
-    return legacy or forward_ad._current_level >= 0
 
 
 def differentiable_backward(
@@ -207,13 +170,13 @@ def _differentiate(
     flat = spread(weights, len(h0))
     needs = (*needs, *(bool(need) for need in spread(needs_weights, len(h0))))
     arguments = ((d_output, dh_n, dc_n), (x, h0, c0, *flat), needs)
-    if torch.is_grad_enabled() or need_plain_ops(cotangents):
+    if torch.is_grad_enabled() or tracing.need_plain_ops(cotangents):
         gradients = differentiable_backward(*arguments, batch_sizes, ctx.stack)
     else:
         with autocast.off(x.device):
             if not ctx.save:
                 again = (batch_sizes, True, False, ctx.backend, ctx.stack)
-                run = lstm_forward if _needs_op(x, h0, c0, *weights) else run_forward
+                run = lstm_forward if tracing.watched(x, h0, c0, *weights) else run_forward
                 gates, cells = run(x, h0, c0, weights, *again)[3:]
             elif ctx.recompute:
                 gates = lstm_gates(x, h0, output, weights, batch_sizes)
@@ -243,7 +206,7 @@ def _gradients(
         w_ih, above, w_hh = by_layer(flat)
     else:
         w_ih, w_hh, w_hr = by_kind(flat)
-    run = lstm_backward if _needs_op(*cotangents, gates, cells, c0, w_hh) else run_backward
+    run = lstm_backward if tracing.watched(*cotangents, gates, cells, c0, w_hh) else run_backward
     dgates, dc0, dh = run(d_output, *cotangents[1:], gates, cells, c0, w_hh, w_hr, batch_sizes, backend, above)
     batch_sizes = packing.on_device(batch_sizes, x.device)
 
@@ -255,36 +218,20 @@ def _gradients(
         input = output[:, (d - 1) * H : d * H] if stack and d else x
         dw_ih = dw_hh = db = dw_hr = None
         if needs_h0:
-            dh0.append(packing.first_rows(dgates_d, B, batch_sizes, reverse) @ w_hh[d])
+            dh0.append(gemms.times_weight(packing.first_rows(dgates_d, B, batch_sizes, reverse), w_hh[d]))
         if needs_w_ih:
-            dw_ih = _sum_of_outer(dgates_d, input)
+            dw_ih = gemms.sum_of_outer(dgates_d, input)
         if needs_w_hh:
-            dw_hh = _sum_of_outer(dgates_d, packing.previous(output_d, h0[d], batch_sizes, reverse))
+            dw_hh = gemms.sum_of_outer(dgates_d, packing.previous(output_d, h0[d], batch_sizes, reverse))
         if needs_b_ih or needs_b_hh:
             db = dgates_d.sum(0)
         if needs_w_hr:
             o = gates[:, (4 * d + 3) * H : (4 * d + 4) * H]
             m = o * cells[:, d * H : (d + 1) * H].tanh().to(o.dtype)
-            dw_hr = _sum_of_outer(dh.chunk(D, 1)[d], m)
+            dw_hr = gemms.sum_of_outer(dh.chunk(D, 1)[d], m)
         # each its own, as stock's are: who scales one in place does not scale the other
         db_hh = db.clone() if db is not None and needs_b_ih and needs_b_hh else db
         dflat += [dw_ih, dw_hh, db if needs_b_ih else None, db_hh if needs_b_hh else None, dw_hr]
     # last, for it may be the largest, and the products above need room of their own while they are made
-    dx = _times_weight(dgates.chunk(D, 1)[0] if stack else dgates, w_ih).view(shape) if needs_x else None
+    dx = gemms.times_weight(dgates.chunk(D, 1)[0] if stack else dgates, w_ih).view(shape) if needs_x else None
     return [dx, stack_tensors(dh0) if needs_h0 else None, dc0 if needs_c0 else None, *dflat]
-
-
-def _times_weight(rows: Tensor, weight: Tensor) -> Tensor:
-    """Return rows weight, [N, K] of [N, M] and [M, K]: the gradient of the input."""
-    # in this order MKL's float64 GEMM takes a third to two thirds of the time
-    if rows.dtype == torch.float64 and rows.device.type == "cpu":
-        return (weight.t() @ rows.t()).t().contiguous()
-    return rows @ weight
-
-
-def _sum_of_outer(rows: Tensor, columns: Tensor) -> Tensor:
-    """Return rows^T columns, contiguous [M, K] of [N, M] and [N, K]: the gradient of a weight."""
-    if rows.device.type != "cpu":
-        return rows.t() @ columns
-    # in this order MKL's float64 GEMM takes two thirds of the time
-    return (columns.t() @ rows).t().contiguous()

@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlstm import autocast, autograd, cutting, packing
+from fastlstm import autocast, autograd, cutting, dispatch, packing, tracing
 from fastlstm.weights import DirectionWeights
 
 _LSTM = 2  # the cell's number in aten.mkldnn_rnn_layer
@@ -151,7 +151,7 @@ class _PackedLayer(torch.autograd.Function):
         )
         needs = (*ctx.needs_input_grad[:3], *ctx.needs_input_grad[5:])
         inputs = (x, h0, c0, *flat)
-        if torch.is_grad_enabled() or autograd.need_plain_ops(cotangents):
+        if torch.is_grad_enabled() or tracing.need_plain_ops(cotangents):
             gradients = autograd.differentiable_backward((d_output, dh_n, dc_n), inputs, needs, batch_sizes)
         else:
             saved = (output, states, ctx.workspaces, ctx.chunks)
@@ -187,7 +187,7 @@ def _infer(
         if len(edges) > 2:
             weights[:2] = _laid_out(weights[0], weights[1], H, has_biases)
         output_d = output[:, d * H : (d + 1) * H]
-        h, c = h0[d].contiguous(), c0[d].float().contiguous()
+        h, c = _widened(h0[d]).contiguous(), c0[d].float().contiguous()
         outputs, last_cells, gathered = [], [], x
         origin = until = 0
         for k, ((start, rows), (end, after)) in enumerate(itertools.pairwise(cuts)):
@@ -196,12 +196,13 @@ def _infer(
                 gathered = _gather_input(x, source[origin:until], is_dead[origin:until].nonzero().squeeze(1))
             x_chunk = gathered[edges[k] - origin : edges[k + 1] - origin].view(end - start, rows, -1)
             y, h, c, _ = _run(x_chunk, weights, h[:rows], c[:rows], has_biases, False)
+            y = y.view(-1, H).to(x.dtype)
             last_cells.append(c[after:])
             if d:
-                outputs.append(y.view(-1, H))
+                outputs.append(y)
             else:  # the chunk's rows of the data lie together
                 data = slice(offsets[start], offsets[end])
-                torch.index_select(y.view(-1, H), 0, place[data] - edges[k], out=output_d[data])
+                torch.index_select(y, 0, place[data] - edges[k], out=output_d[data])
         if d:
             torch.index_select(torch.cat(outputs), 0, place, out=output_d)
         torch.cat(last_cells[::-1], out=c_n[d])
@@ -222,11 +223,11 @@ def _forward(
         weights, has_biases = _direction(flat, d)
         output_d = output[:, d * H : (d + 1) * H]
         # c stays in float32 from chunk to chunk; oneDNN asks for contiguous states but does not check
-        h, c = h0[d].contiguous(), c0[d].float().contiguous()
+        h, c = _widened(h0[d]).contiguous(), c0[d].float().contiguous()
         for chunk in chunks_d:
             before = h, c = h[: chunk.rows], c[: chunk.rows]
             y, h, c, workspace = _run(_input(x, chunk), weights, *before, has_biases, chunk.keep)
-            y = y.view(-1, H)
+            y = y.view(-1, H).to(x.dtype)
             _scatter(y, chunk, output_d)
             ended = slice(chunk.rows - len(chunk.ends), chunk.rows)
             h_n[d, ended] = y.index_select(0, chunk.ends)
@@ -269,7 +270,7 @@ def _backward(
             dc = torch.cat((dc, dc_n[d, ended]))
             dh = torch.cat((dh, dh.new_zeros(len(chunk.ends), H)))
             dy = _gather(d_output[:, columns], chunk)
-            dy.index_add_(0, chunk.ends, dh_n[d, ended])
+            dy.index_add_(0, chunk.ends, _widened(dh_n[d, ended]))
 
             shape = chunk.steps, chunk.rows, H
             dx_chunk, *dweights, dh, dc = torch.ops.aten.mkldnn_rnn_layer_backward.default(
@@ -306,12 +307,12 @@ def _direction(flat: Sequence[Tensor | None], d: int) -> tuple[list[Tensor], boo
     w_ih, w_hh, b_ih, b_hh, _ = flat[5 * d : 5 * d + 5]
     assert w_ih is not None
     assert w_hh is not None
+    columns = _columns(w_ih) - w_ih.shape[1]
+    w_ih, w_hh = _widened(w_ih.detach()), _widened(w_hh.detach())
     column = w_ih.new_tensor(_SATURATED).repeat_interleave(w_hh.shape[1]).unsqueeze(1)
-    w_ih = torch.cat((w_ih.detach(), column.expand(-1, _columns(w_ih) - w_ih.shape[1])), 1)
-    none = w_ih.new_empty(0)
-    biases = [none if b is None else b.detach() for b in (b_ih, b_hh)]
-    # the op would make it contiguous in each call, what lays it out beforehand would not
-    return [w_ih, w_hh.detach().contiguous(), *biases], b_ih is not None
+    biases = [w_ih.new_empty(0) if b is None else _widened(b.detach()) for b in (b_ih, b_hh)]
+    # the op would make w_hh contiguous in each call, what lays it out beforehand would not
+    return [torch.cat((w_ih, column.expand(-1, columns)), 1), w_hh.contiguous(), *biases], b_ih is not None
 
 
 def _laid_out(w_ih: Tensor, w_hh: Tensor, H: int, has_biases: bool) -> list[Tensor]:
@@ -322,7 +323,7 @@ def _laid_out(w_ih: Tensor, w_hh: Tensor, H: int, has_biases: bool) -> list[Tens
 
 def _gather(rows: Tensor, chunk: cutting.Chunk) -> Tensor:
     """Return the chunk's rows [steps * rows, K] out of packed ones [N, K], 0 at dead places."""
-    return rows.index_select(0, chunk.source).index_fill_(0, chunk.dead, 0)
+    return _widened(rows.index_select(0, chunk.source)).index_fill_(0, chunk.dead, 0)
 
 
 def _input(x: Tensor, chunk: cutting.Chunk) -> Tensor:
@@ -339,7 +340,12 @@ def _gather_input(x: Tensor, source: Tensor, dead: Tensor) -> Tensor:
     if len(dead):
         gathered.index_fill_(0, dead, 0)
         gathered[:, I:].index_fill_(0, dead, 1)
-    return gathered
+    return _widened(gathered)
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    """Return a tensor as oneDNN can run it here, in float32 if not in the 16 bit it is in."""
+    return tensor if dispatch.onednn_has(tensor.dtype) else tensor.float()
 
 
 def _columns(rows: Tensor) -> int:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastlstm import packing
+from fastlstm import dispatch, packing
 from fastlstm.problem import device_of
 
 # what cutting costs in training, as rows that could be computed meanwhile: the weights' new layout and a fixed time;
@@ -22,7 +22,7 @@ _ROWS_PER_CUT = 32
 _FLOPS_PER_CUT = 5e6
 _FLOPS_PER_CUT_FORWARD = 1.5e7
 _ROWS_BY_AMX = 8  # are computed in the time that one takes without it
-# a chunk's working memory stays below this, or below what is left free of the size of stock's graph (`_memory`)
+# a chunk's working memory stays below this, or below what is left free of the size of stock's graph (`_most_places`)
 _CHUNK_BYTES = 1 << 20
 
 
@@ -61,7 +61,7 @@ def make_chunks(
     sizes = batch_sizes.tolist()
     N = sum(sizes)
     cuts = choose_cuts(sizes, I, H, dtype, training=True)
-    _, keep = _memory(N, I, H, dtype)
+    keep = _keeps_workspaces(N, I, H, dtype)
     lengths, offsets = packing.spans(batch_sizes, sizes[0])
     chunks: list[list[Chunk]] = [[] for _ in range(D)]
     begin = 0
@@ -84,7 +84,7 @@ def make_chunks(
 
 def choose_cuts(sizes: list[int], I: int, H: int, dtype: torch.dtype, training: bool) -> list[tuple[int, int]]:  # noqa: E741
     """Return (first step, rows active there) of each chunk, and (T, 0) as the last item."""
-    most, _ = _memory(sum(sizes), I, H, dtype)
+    most = _most_places(sum(sizes), I, H, dtype)
     flops = 8 * H * (I + H)  # of a row
     rows = _ROWS_PER_CUT + _FLOPS_PER_CUT / flops if training else _FLOPS_PER_CUT_FORWARD / flops
     if dtype == torch.bfloat16 and device_of(torch.device("cpu")).target == "amx":
@@ -117,20 +117,25 @@ def lay_places(
     return edges, by_direction
 
 
-def _memory(N: int, I: int, H: int, dtype: torch.dtype) -> tuple[float, bool]:  # noqa: E741
-    """Return the most places that a chunk may have, and whether workspaces are kept for backward.
+def _keeps_workspaces(N: int, I: int, H: int, dtype: torch.dtype) -> bool:  # noqa: E741
+    """Whether workspaces are kept for backward, or made again.
 
-    The bound is stock's memory, whose graph costs 48H bytes a row in float32 and 24H in bfloat16. A workspace costs 24H
-    or 17H of them, and a chunk in backward `place_bytes`; these factors and the others were measured. The gradients of
-    the weights are float32 until all chunks are summed, which in bfloat16 leaves room for workspaces only where rows
-    are many.
+    The bound is stock's memory, whose graph costs 48H bytes a row in float32 and 24H in 16 bit; a workspace costs 24H,
+    and 17H in bfloat16. The gradients of the weights are float32 until all chunks are summed, which in bfloat16 leaves
+    room for workspaces only where rows are many; float16, and bfloat16 where it is widened, have no room.
     """
+    return dtype == torch.float32 or (dispatch.onednn_has(dtype) and N >= 6 * (I + H))
+
+
+def _most_places(N: int, I: int, H: int, dtype: torch.dtype) -> float:  # noqa: E741
+    """Return how many places a chunk may have: what workspaces and gradients leave of stock's memory; measured."""
     if dtype == torch.float32:
-        place_bytes, free, keep = 32 * max(I, H) + 48 * H, 24 * H * N, True
+        free = 24 * H * N
     else:
-        keep = N >= 6 * (I + H)
-        place_bytes, free = 12 * max(I, H) + 32 * H, 5 * H * N if keep else H * (16 * N - 28 * (I + H))
-    return max(_CHUNK_BYTES, free) / place_bytes, keep
+        free = 5 * H * N if _keeps_workspaces(N, I, H, dtype) else H * (16 * N - 28 * (I + H))
+    narrow = dtype != torch.float32 and dispatch.onednn_has(dtype)
+    place_bytes = 12 * max(I, H) + 32 * H if narrow else 32 * max(I, H) + 48 * H  # of a chunk in backward
+    return max(_CHUNK_BYTES, free) / place_bytes
 
 
 def _cut(sizes: list[int], most: float, rows_per_cut: float) -> list[tuple[int, int]]:

@@ -203,6 +203,8 @@ def _decide_cpu(problem: Problem, target: str) -> tuple[str, str, str]:
         target = "intel"  # its tiles are for bfloat16
     if p.B == 0:
         return "torch", "stock", "The batch has no rows."
+    if is_widened(p.dtype):
+        return _decide_widened(p)
     if onednn_has(p.dtype):
         # stock, too, sees that a packed batch with one run is dense
         if p.runs <= 1 and not p.P:
@@ -212,6 +214,8 @@ def _decide_cpu(problem: Problem, target: str) -> tuple[str, str, str]:
             if odd and p.T >= 48 and p.B * p.H**2 * (p.I + 32) > 1 << 24:  # less is over too soon to gain
                 return "onednn", "chunks", "oneDNN does an odd number of inputs without AMX; chunks make it even."
             return "torch", "stock", "Stock's own op runs a dense batch in one oneDNN call a layer."
+        if target == "avx2":
+            return _decide_avx2(p)
         if not (obstacle := _obstacle_to_chunks(p, target)):
             return "onednn", "chunks", "Stock would go step by step; chunks of steps run as dense oneDNN layers."
     else:
@@ -222,11 +226,60 @@ def _decide_cpu(problem: Problem, target: str) -> tuple[str, str, str]:
     return "torch", "stock", f"Since {obstacle}, stock's own loop over the steps is as fast as any."
 
 
+def _decide_widened(p: Problem) -> tuple[str, str, str]:
+    """Return (backend, regime, reason) on a CPU for a dtype in 16 bit that oneDNN does not multiply there.
+
+    Torch does so at a tenth to a thirtieth of its rate in float32, so float32 pays for all but the smallest calls.
+    """
+    fewest = 8 if p.training else 16
+    if fewest > p.T * p.B or p.T * _products(p) < 1 << 17:
+        return "torch", "stock", "The call is over before float32 copies of the weights would pay."
+    if not p.P and onednn_has(torch.float32) and _chunks_pay(p, 8 if p.training else 24):
+        return "onednn", "chunks", "This processor is slow in this dtype; oneDNN's layer runs in float32, in chunks."
+    return "reference", "loop", "This processor is slow in this dtype; plain torch runs the steps, in float32."
+
+
+def _decide_avx2(p: Problem) -> tuple[str, str, str]:
+    """Return (backend, regime, reason) for packed rows or a projection in float32 on a CPU without AVX-512.
+
+    There oneDNN's layer, too, goes step by step, by a GEMM that is no faster than MKL's.
+    """
+    if _chunks_pay(p, 8 if p.P else 32 if p.training else 48):
+        return "onednn", "chunks", "Stock would go step by step; chunks of steps run as dense oneDNN layers."
+    pays = p.B >= 32 and _products(p) >= 1 << 18 and one_product_pays(p.T * p.B, p.B, p.I, p.H, p.P or p.H, p.dtype)
+    if p.T >= 8 if p.training else pays:
+        return "reference", "loop", "The steps are large, or few, so that plain torch runs them one by one."
+    return "torch", "stock", "The steps are large, or few, so that stock's own loop is as fast as any."
+
+
+def _chunks_pay(p: Problem, most: int) -> bool:
+    """Whether chunks beat a loop over the steps, to which they are an advantage while a step is small and steps many.
+
+    `most` is B (I + P) / T; it held over some 500 shapes, to 1 to 3 % of the best choice for each.
+    """
+    fewest = 16 if p.training else 48
+    return fewest <= p.T and p.I <= 8 * p.H and p.B * (p.I + (p.P or p.H)) <= most * p.T
+
+
 def onednn_has(dtype: torch.dtype) -> bool:
     """Whether oneDNN runs stock's dense LSTM in a dtype on this machine."""
-    if not (torch.backends.mkldnn.is_available() and torch._C._get_mkldnn_enabled()):
-        return False
-    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return _onednn_is_on() and (dtype == torch.float32 or (dtype == torch.bfloat16 and _onednn_multiplies(dtype)))
+
+
+def is_widened(dtype: torch.dtype) -> bool:
+    """Whether a CPU should compute a dtype in float32, since oneDNN has no product in it on this machine."""
+    return dtype in (torch.float16, torch.bfloat16) and not (_onednn_is_on() and _onednn_multiplies(dtype))
+
+
+def _onednn_is_on() -> bool:
+    return torch.backends.mkldnn.is_available() and torch._C._get_mkldnn_enabled()
+
+
+@functools.cache
+def _onednn_multiplies(dtype: torch.dtype) -> bool:
+    """Whether oneDNN has a product in a dtype in 16 bit for this processor."""
+    supports = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
+    return getattr(torch.ops.mkldnn, supports[dtype])()
 
 
 def _obstacle_to_chunks(p: Problem, target: str) -> str:
@@ -269,7 +322,8 @@ def one_product_pays(rows: int, B: int, I: int, H: int, P: int, dtype: torch.dty
     All weights must stay in its cache, and rows be enough to pay for laying them out.
     """
     size = 4 * H * (I + 1 + P) * accumulation_dtype(dtype).itemsize
-    return B >= 4 and I <= 4 * P and size <= 1 << 21 and rows > I + P
+    widest = 2 * B * P if is_widened(dtype) else 4 * P
+    return B >= 4 and widest >= I and size <= 1 << 21 and rows > I + P
 
 
 def _products(p: Problem) -> int:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 from torch.nn.utils.rnn import PackedSequence
 
-from fastlstm import autocast, autograd, checks, cpu, dispatch, ops, stock, tuning
+from fastlstm import autocast, autograd, checks, cpu, dispatch, ops, stock, tracing, tuning
 from fastlstm.checks import Network, States
 from fastlstm.problem import Device, Problem, allows_tf32, device_of
 from fastlstm.weights import directions
@@ -214,7 +214,7 @@ def _decide(
     sizes = (T, B, network.input_size, network.hidden_size, network.proj_size, network.num_layers, D)
     backend = network.backend
     compiling = torch.compiler.is_compiling()
-    if compiling or (backend == "auto" and autograd.transformed()):
+    if compiling or (backend == "auto" and tracing.transformed()):
         problem = Problem(*sizes, data.dtype, training, runs)
         device = Device(data.device.type, data.device.type)
         if not compiling:
@@ -251,8 +251,9 @@ def _decision(
     on_cpu = lowered and device.kind == "cpu" and override == "auto"
     if on_cpu and decision.regime == "step":  # the cell is another op to autocast
         return replace(decision, regime="stock", reason="Stock's own op runs under autocast.")
-    if on_cpu and decision.backend == "torch" and p.dtype == torch.float16 and not p.runs and not p.P:
-        reason = "Under autocast to float16 stock asks oneDNN for a kernel that it does not have."
+    dense = not p.runs and not p.P
+    if on_cpu and decision.backend == "torch" and dense and not dispatch.onednn_has(p.dtype):
+        reason = "Under autocast stock asks oneDNN for a kernel that it does not have in this dtype here."
         return replace(decision, backend="reference", regime="loop", reason=reason)
     return decision
 

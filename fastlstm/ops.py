@@ -17,9 +17,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812
 
-from fastlstm import checks, dispatch, packing, reference
+from fastlstm import checks, dispatch, gemms, packing, reference
 from fastlstm.problem import Problem, device_of
 from fastlstm.weights import biases, by_kind, by_layer, spread
 
@@ -52,7 +51,7 @@ def run_forward(
         bias, bias_above = biases(flat[:5]), biases(flat[5:])
         bias_above = above.new_zeros(above.shape[:2]) if bias_above is None else bias_above.view(above.shape[:2])
         run = _recurrence("stack_forward", backend, c0)
-        results = run(F.linear(as_rows(x), w_ih, bias), bias_above, h0, c0, above, w_hh, batch_sizes, save)
+        results = run(gemms.linear(as_rows(x), w_ih, bias), bias_above, h0, c0, above, w_hh, batch_sizes, save)
     else:
         (w_ih, w_hh, w_hr), bias = by_kind(flat), biases(flat)
         (N, I), (_, B, P) = as_rows(x).shape, h0.shape  # noqa: E741
@@ -62,7 +61,7 @@ def run_forward(
             results = reference.lstm_infer(as_rows(x), h0, c0, w_ih, bias, w_hh, w_hr, batch_sizes)
         else:
             run = _recurrence("lstm_forward", backend, c0)
-            results = run(F.linear(as_rows(x), w_ih, bias), h0, c0, w_hh, w_hr, batch_sizes, save)
+            results = run(gemms.linear(as_rows(x), w_ih, bias), h0, c0, w_hh, w_hr, batch_sizes, save)
     output, h_n, c_n, gates, cells = results
     if x.dim() > 2:  # what it is of goes out of scope here, so it need not be known as a view
         output = torch.ops.aten._unsafe_view(output, (*x.shape[:-1], output.shape[1]))
@@ -130,7 +129,7 @@ def lstm_gates(x: Tensor, h0: Tensor, output: Tensor, weights: Sequence[Tensor],
     D = len(h0)
     flat = spread(weights, D)
     w_ih, w_hh, _ = by_kind(flat)
-    gates, output = F.linear(as_rows(x), w_ih, biases(flat)), as_rows(output)
+    gates, output = gemms.linear(as_rows(x), w_ih, biases(flat)), as_rows(output)
     batch_sizes = packing.on_device(batch_sizes, x.device)
     most = max(1, _WIDE_ELEMENTS // w_hh.shape[1])  # rows at a time, since wide ones would take what was saved
     for d, (gates_d, output_d) in enumerate(zip(gates.chunk(D, 1), output.chunk(D, 1), strict=True)):

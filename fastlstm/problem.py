@@ -56,8 +56,8 @@ class Device:
 
     Attributes:
         kind: "cpu", "cuda", "hip", or torch's own name of any other device type ("mps", "meta", ...).
-        target: the compile target: "sm_90", "gfx942", ...; of a CPU "intel", where MKL is at its best, "amx" where its
-            processor multiplies bfloat16 in tiles, or "cpu"; else the kind.
+        target: the compile target: "sm_90", "gfx942", ...; of a CPU "avx2" where it has no AVX-512, "intel" where
+            MKL is at its best, "amx" where it also multiplies bfloat16 in tiles, or "cpu"; else the kind.
         name: as the vendor names it.
         processors: multiprocessors (of a MIG or MPS share: those it was given), 0 where that does not matter.
     """
@@ -124,6 +124,8 @@ def cpu_capability() -> str:
 
 @functools.cache
 def _cpu() -> Device:
+    if torch.backends.cpu.get_cpu_capability() == "AVX2":
+        return Device("cpu", "avx2", "CPU")
     if not torch.backends.mkl.is_available() or "GenuineIntel" not in _cpu_names():
         return Device("cpu", "cpu", "CPU")
     return Device("cpu", "amx" if torch.cpu._is_amx_tile_supported() else "intel", "CPU")

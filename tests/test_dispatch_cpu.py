@@ -10,7 +10,25 @@ from fastlstm import problem as problem_module
 from fastlstm.dispatch import decide
 from fastlstm.problem import Device, Problem
 
+BF16 = {"dtype": torch.bfloat16}
+FP16 = {"dtype": torch.float16}
 PACKED = Problem(T=100, B=16, I=64, H=128, runs=14, training=True)
+
+
+@pytest.fixture
+def multiplies(monkeypatch):
+    """Return a function that sets what 16 bit this processor's oneDNN multiplies: bfloat16, until it is called."""
+
+    def set_dtypes(*dtypes):
+        monkeypatch.setattr(dispatch, "_onednn_is_on", lambda: True)
+        monkeypatch.setattr(dispatch, "_onednn_multiplies", dtypes.__contains__)
+
+    set_dtypes(torch.bfloat16)
+    return set_dtypes
+
+
+def decide_with(target, changes):
+    return decide(Problem(**{**vars(PACKED), **changes}), Device("cpu", target)).backend
 
 
 @pytest.mark.parametrize(
@@ -45,16 +63,80 @@ PACKED = Problem(T=100, B=16, I=64, H=128, runs=14, training=True)
         ("reference", {"dtype": torch.float64, "runs": 0}),
         ("torch", {"dtype": torch.float64, "T": 5}),
         ("torch", {"dtype": torch.float64, "training": False}),
-        ("reference", {"dtype": torch.float16, "training": False}),
-        ("torch", {"dtype": torch.float16, "training": False, "B": 1}),
         ("reference", {"dtype": torch.complex64}),
     ],
     ids=str,
 )
-def test_auto_on_a_cpu(backend, changes, monkeypatch):
-    monkeypatch.setattr(dispatch, "onednn_has", lambda dtype: dtype in (torch.float32, torch.bfloat16))
-    problem = Problem(**{**vars(PACKED), **changes})
-    assert decide(problem, Device("cpu", "cpu")).backend == backend
+@pytest.mark.usefixtures("multiplies")
+def test_auto_on_a_cpu(backend, changes):
+    assert decide_with("cpu", changes) == backend
+
+
+@pytest.mark.parametrize(
+    ("backend", "changes"),
+    [
+        ("torch", {"runs": 0}),
+        ("torch", {"T": 7}),
+        ("reference", {"T": 15}),
+        ("reference", {"T": 95}),
+        ("onednn", {"T": 96}),
+        ("reference", {"B": 17}),
+        ("reference", {"T": 255, "P": 64}),
+        ("onednn", {"T": 256, "P": 64}),
+        ("reference", {"T": 400, "I": 176, "H": 16, "B": 8}),
+        ("torch", {"T": 63, "training": False}),
+        ("onednn", {"T": 64, "training": False}),
+        ("torch", {"T": 47, "B": 4, "training": False}),
+        ("onednn", {"T": 48, "B": 4, "training": False}),
+        ("torch", {"T": 48, "B": 31, "training": False}),
+        ("reference", {"T": 48, "B": 32, "training": False}),
+        ("torch", {"T": 48, "B": 32, "H": 32, "training": False}),
+        ("torch", {"T": 48, "B": 32, "I": 1024, "training": False}),
+        ("torch", {"P": 64, "training": False}),
+        ("onednn", {"P": 64, "T": 256, "training": False}),
+        ("reference", {"dtype": torch.float64}),
+    ],
+    ids=str,
+)
+@pytest.mark.usefixtures("multiplies")
+def test_auto_without_avx512(backend, changes):
+    assert decide_with("avx2", changes) == backend
+
+
+@pytest.mark.parametrize("target", ["avx2", "cpu", "intel", "amx"])
+@pytest.mark.parametrize(
+    ("backend", "changes"),
+    [
+        ("reference", {}),
+        ("reference", {"runs": 0}),
+        ("reference", {"T": 383}),
+        ("onednn", {"T": 384}),
+        ("onednn", {"T": 384, "runs": 0}),
+        ("reference", {"T": 384, "P": 64}),
+        ("torch", {"B": 1, "T": 7}),
+        ("reference", {"B": 1, "T": 8}),
+        ("torch", {"I": 16, "H": 16, "T": 15}),
+        ("reference", {"I": 16, "H": 16, "T": 16}),
+        ("torch", {"B": 1, "T": 15, "training": False}),
+        ("reference", {"B": 1, "T": 16, "training": False}),
+        ("reference", {"T": 127, "training": False}),
+        ("onednn", {"T": 128, "training": False}),
+        ("reference", {"B": 1, "T": 47, "training": False}),
+        ("onednn", {"B": 1, "T": 48, "training": False}),
+    ],
+    ids=str,
+)
+def test_auto_where_16_bit_is_not_multiplied(backend, changes, target, multiplies):
+    assert decide_with(target, {**FP16, **changes}) == backend
+    multiplies(torch.float16)
+    assert decide_with(target, {**BF16, **changes}) == backend
+
+
+@pytest.mark.parametrize("target", ["cpu", "amx"])
+def test_auto_where_float16_is_multiplied(target, multiplies):
+    multiplies(torch.bfloat16, torch.float16)
+    assert decide_with(target, {**FP16, "training": False}) == "reference"
+    assert decide_with(target, {**FP16, "training": False, "B": 1}) == "torch"
 
 
 @pytest.mark.parametrize(
@@ -98,13 +180,11 @@ def test_auto_on_a_cpu(backend, changes, monkeypatch):
     ],
     ids=str,
 )
-def test_auto_on_intel(backend, changes, monkeypatch):
-    monkeypatch.setattr(dispatch, "onednn_has", lambda dtype: dtype in (torch.float32, torch.bfloat16))
-    problem = Problem(**{**vars(PACKED), **changes})
-    assert decide(problem, Device("cpu", "intel")).backend == backend
+@pytest.mark.usefixtures("multiplies")
+def test_auto_on_intel(backend, changes):
+    assert decide_with("intel", changes) == backend
 
 
-BF16 = {"dtype": torch.bfloat16}
 ODD = {**BF16, "runs": 0, "I": 39, "training": False}
 
 
@@ -135,9 +215,9 @@ ODD = {**BF16, "runs": 0, "I": 39, "training": False}
     ],
     ids=str,
 )
-def test_auto_with_amx(backend, changes, monkeypatch):
-    monkeypatch.setattr(dispatch, "onednn_has", lambda dtype: dtype in (torch.float32, torch.bfloat16))
-    assert decide(Problem(**{**vars(PACKED), **changes}), Device("cpu", "amx")).backend == backend
+@pytest.mark.usefixtures("multiplies")
+def test_auto_with_amx(backend, changes):
+    assert decide_with("amx", changes) == backend
 
 
 @pytest.mark.parametrize("amx", [False, True])
@@ -149,7 +229,9 @@ def test_the_maker_of_the_processor(text, target, amx, monkeypatch):
     monkeypatch.setattr(problem_module, "_cpu_names", lambda: text)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
-    assert problem_module._cpu.__wrapped__().target == target
+    for capability, found in (("AVX2", "avx2"), ("AVX512", target)):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)
+        assert problem_module._cpu.__wrapped__().target == found
 
 
 def test_where_the_makers_name_stands(monkeypatch):

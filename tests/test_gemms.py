@@ -1,0 +1,68 @@
+"""The GEMMs over all rows of a layer, and what becomes of them where torch is slow in 16 bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from fastlstm import dispatch, gemms
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+N, M, K = 700, 24, 40  # three blocks of rows, the last one not full
+
+
+def make_products(dtype, rows=N):
+    """Return the three products, in float64 what they should be, and the sums of what is added in each, unsigned."""
+    x, d, w, b = (torch.randn(*shape, dtype=torch.float64) for shape in ((rows, K), (rows, M), (M, K), (M,)))
+    x, d, w, b = (tensor.to(dtype) for tensor in (x, d, w, b))
+    products = gemms.linear(x, w, b), gemms.linear(x, w, None), gemms.times_weight(d, w), gemms.sum_of_outer(d, x)
+
+    def in_float64(x, d, w, b):
+        return x @ w.t() + b, x @ w.t(), d @ w, d.t() @ x
+
+    wide = [tensor.double() for tensor in (x, d, w, b)]
+    return products, in_float64(*wide), in_float64(*(tensor.abs() for tensor in wide))
+
+
+@pytest.fixture(params=[False, True], ids=["as they are", "widened"])
+def widened(request, monkeypatch):
+    monkeypatch.setattr(dispatch, "is_widened", lambda dtype: dtype.itemsize == 2 and request.param)
+    monkeypatch.setattr(gemms, "_WIDE_ELEMENTS", 300 * (M + K))
+    return request.param
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_products_are_rounded_once(dtype, widened):
+    narrow = dtype.itemsize == 2
+    roundings = (1 if widened else 4) if narrow else 0  # torch's own product may round more than once
+    added = 4 * torch.finfo(torch.float32 if narrow else dtype).eps
+    for product, true, unsigned in zip(*make_products(dtype), strict=True):
+        assert product.dtype == dtype
+        assert product.is_contiguous()
+        bound = roundings * torch.finfo(dtype).eps / 2 * true.abs() + added * unsigned
+        assert int(((product.double() - true).abs() > bound).sum()) == 0
+
+
+@pytest.mark.usefixtures("widened")
+def test_products_of_no_rows():
+    for product, true, _ in zip(*make_products(torch.bfloat16, rows=0), strict=True):
+        assert torch.equal(product.double(), true)
+
+
+def test_a_block_at_a_time_is_held_in_float32(widened, monkeypatch):
+    sizes = []
+    widen = torch.Tensor.float
+    monkeypatch.setattr(torch.Tensor, "float", lambda tensor: sizes.append(tensor.numel()) or widen(tensor))
+    make_products(torch.bfloat16)
+    assert max(sizes, default=0) == (300 * K if widened else 0)
+
+
+@pytest.mark.usefixtures("widened")
+def test_a_tracer_sees_no_blocks():
+    with FakeTensorMode():
+        for product, shape in zip(make_products(torch.bfloat16)[0], ((N, M), (N, M), (N, K), (M, K)), strict=True):
+            assert product.shape == shape
+    assert len(gemms._blocks(torch.ones(N, M + K))[0]) == 3
+    with FakeTensorMode():
+        assert len(gemms._blocks(torch.ones(N, M + K))[0]) == 1
