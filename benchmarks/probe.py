@@ -11,7 +11,7 @@ from benchmarks.peers import STOCK_LSTM
 from benchmarks.results import rounded
 from benchmarks.timing import Step, sample_seconds
 from benchmarks.workloads import DTYPES
-from fastlstm import dispatch
+from fastlstm import cpu_rules
 
 BANDWIDTH = "bandwidth GB/s"
 
@@ -32,7 +32,7 @@ def probe(device: torch.device, dtypes: set[str]) -> dict[str, float]:
     for dtype in sorted(dtypes):
         a, b = (torch.randn(n, n, device=device).to(DTYPES[dtype]) for _ in range(2))
         rates = [2 * n**3 / _best(partial(torch.mm, a, b), device)]
-        if small and dispatch.onednn_has(DTYPES[dtype]):
+        if small and cpu_rules.onednn_has(DTYPES[dtype]):
             weight = torch.ops.mkldnn._reorder_linear_weight(b, n)
             product = partial(torch.ops.mkldnn._linear_pointwise, a, weight, None, "none", [], "")
             rates.append(2 * n**3 / _best(product, device))

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F  # noqa: N812
 
-from fastlstm import dispatch
+from fastlstm import cpu_rules
 
 
 def dtype_for(data: Tensor) -> torch.dtype | None:
@@ -65,7 +65,7 @@ def result_dtypes(
 
 
 def _onednn_has(dtype: torch.dtype) -> bool:
-    return dispatch.onednn_has(dtype)
+    return cpu_rules.onednn_has(dtype)
 
 
 # all that torch.compiler.assume_constant_result does, but for importing torch._dynamo, and triton with it

@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlstm import autocast, autograd, cutting, dispatch, packing, tracing
+from fastlstm import autocast, autograd, cpu_rules, cutting, packing, tracing
 from fastlstm.weights import DirectionWeights
 
 _LSTM = 2  # the cell's number in aten.mkldnn_rnn_layer
@@ -345,7 +345,7 @@ def _gather_input(x: Tensor, source: Tensor, dead: Tensor) -> Tensor:
 
 def _widened(tensor: Tensor) -> Tensor:
     """Return a tensor as oneDNN can run it here, in float32 if not in the 16 bit it is in."""
-    return tensor if dispatch.onednn_has(tensor.dtype) else tensor.float()
+    return tensor if cpu_rules.onednn_has(tensor.dtype) else tensor.float()
 
 
 def _columns(rows: Tensor) -> int:

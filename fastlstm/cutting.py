@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastlstm import dispatch, packing
+from fastlstm import cpu_rules, packing
 from fastlstm.problem import device_of
 
 # what cutting costs in training, as rows that could be computed meanwhile: the weights' new layout and a fixed time;
@@ -124,7 +124,7 @@ def _keeps_workspaces(N: int, I: int, H: int, dtype: torch.dtype) -> bool:  # no
     and 17H in bfloat16. The gradients of the weights are float32 until all chunks are summed, which in bfloat16 leaves
     room for workspaces only where rows are many; float16, and bfloat16 where it is widened, have no room.
     """
-    return dtype == torch.float32 or (dispatch.onednn_has(dtype) and N >= 6 * (I + H))
+    return dtype == torch.float32 or (cpu_rules.onednn_has(dtype) and N >= 6 * (I + H))
 
 
 def _most_places(N: int, I: int, H: int, dtype: torch.dtype) -> float:  # noqa: E741
@@ -133,7 +133,7 @@ def _most_places(N: int, I: int, H: int, dtype: torch.dtype) -> float:  # noqa: 
         free = 24 * H * N
     else:
         free = 5 * H * N if _keeps_workspaces(N, I, H, dtype) else H * (16 * N - 28 * (I + H))
-    narrow = dtype != torch.float32 and dispatch.onednn_has(dtype)
+    narrow = dtype != torch.float32 and cpu_rules.onednn_has(dtype)
     place_bytes = 12 * max(I, H) + 32 * H if narrow else 32 * max(I, H) + 48 * H  # of a chunk in backward
     return max(_CHUNK_BYTES, free) / place_bytes
 

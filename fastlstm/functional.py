@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 from torch.nn.utils.rnn import PackedSequence
 
-from fastlstm import autocast, autograd, checks, cpu, dispatch, ops, stock, tracing, tuning
+from fastlstm import autocast, autograd, checks, cpu, cpu_rules, dispatch, ops, stock, tracing, tuning
 from fastlstm.checks import Network, States
 from fastlstm.problem import Device, Problem, allows_tf32, device_of
 from fastlstm.weights import directions
@@ -252,7 +252,7 @@ def _decision(
     if on_cpu and decision.regime == "step":  # the cell is another op to autocast
         return replace(decision, regime="stock", reason="Stock's own op runs under autocast.")
     dense = not p.runs and not p.P
-    if on_cpu and decision.backend == "torch" and dense and not dispatch.onednn_has(p.dtype):
+    if on_cpu and decision.backend == "torch" and dense and not cpu_rules.onednn_has(p.dtype):
         reason = "Under autocast stock asks oneDNN for a kernel that it does not have in this dtype here."
         return replace(decision, backend="reference", regime="loop", reason=reason)
     return decision

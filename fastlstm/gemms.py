@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from fastlstm import dispatch, tracing
+from fastlstm import cpu_rules, tracing
 
 _WIDE_ELEMENTS = 1 << 17  # of float32 rows that are held at once
 
@@ -52,7 +52,7 @@ def sum_of_outer(rows: Tensor, columns: Tensor) -> Tensor:
 
 def _in_float32(rows: Tensor) -> bool:
     """Whether products of such rows are better made in float32."""
-    return rows.device.type == "cpu" and dispatch.is_widened(rows.dtype)
+    return rows.device.type == "cpu" and cpu_rules.is_widened(rows.dtype)
 
 
 def _blocks(*matrices: Tensor) -> list[tuple[Tensor, ...]]:

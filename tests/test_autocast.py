@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import fastlstm
-from fastlstm import dispatch
+from fastlstm import cpu_rules
 
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
 LOW = (torch.bfloat16, torch.float16)
@@ -50,7 +50,7 @@ def test_results_have_the_dtypes_of_stock(form, options, low, backend):
             truth = run_lstm(wide, x.double(), None if hx is None else tuple(state.double() for state in hx))
             with torch.autocast("cpu", low):
                 results = run_lstm(ours, x, hx)
-                if form == "dense" and not stock.proj_size and x_dtype != low and not dispatch.onednn_has(low):
+                if form == "dense" and not stock.proj_size and x_dtype != low and not cpu_rules.onednn_has(low):
                     with pytest.raises(RuntimeError, match="could not create a primitive descriptor"):
                         stock(x, hx)
                     assert results["output"].dtype == low
@@ -65,7 +65,7 @@ def test_results_have_the_dtypes_of_stock(form, options, low, backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("form", "cache", "casts"), [("dense", True, 1), ("unsorted", True, 1), ("dense", False, 3)])
 def test_a_weight_is_cast_once_a_region(form, cache, casts, backend):
-    if backend == "torch" and form == "dense" and not dispatch.onednn_has(torch.bfloat16):
+    if backend == "torch" and form == "dense" and not cpu_rules.onednn_has(torch.bfloat16):
         pytest.skip("stock's op cannot run this on a CPU without bfloat16")
     _, ours = make_pair(backend, num_layers=2)
     weights = [weight for weight in ours.parameters() if weight.dim() == 2]

@@ -25,7 +25,7 @@ from benchmarks.suites import MAX_FLOPS, SUITES, in_dtypes, quick_workloads
 from benchmarks.tables import Cell, tables
 from benchmarks.timing import interleave, spread
 from benchmarks.workloads import Shape, Workload
-from fastlstm import dispatch, explain
+from fastlstm import cpu_rules, explain
 
 CPU = torch.device("cpu")
 THREE = {name: PEERS[name] for name in (STOCK, OURS, EAGER)}
@@ -295,9 +295,9 @@ def test_roofs_count_bytes_and_operations(monkeypatch, fastest):
     counts = {"product": product, "onednn product": product, "onednn lstm": lstm}
     if fastest == "no onednn":
         counts = {"product": product}
-    elif not dispatch.onednn_has(torch.float32):
+    elif not cpu_rules.onednn_has(torch.float32):
         pytest.skip("needs oneDNN")
-    monkeypatch.setattr(dispatch, "onednn_has", lambda _: fastest != "no onednn")
+    monkeypatch.setattr(cpu_rules, "onednn_has", lambda _: fastest != "no onednn")
     # at 2 GFLOP/s the fastest, at 1 the others; the copy, of 2^28 bytes, takes two seconds
     seconds = [count / (2e9 if name == fastest else 1e9) for name, count in counts.items()]
     answers = iter([2.0, *seconds])

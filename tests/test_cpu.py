@@ -15,11 +15,11 @@ from torch.nn.utils.rnn import PackedSequence, pack_sequence
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastlstm
-from fastlstm import cpu, cutting, dispatch, functional
+from fastlstm import cpu, cpu_rules, cutting, functional
 from fastlstm.problem import Device
 
-pytestmark = pytest.mark.skipif(not dispatch.onednn_has(torch.float32), reason="needs oneDNN")
-NEEDS_BFLOAT16 = pytest.mark.skipif(not dispatch.onednn_has(torch.bfloat16), reason="needs a CPU with bfloat16")
+pytestmark = pytest.mark.skipif(not cpu_rules.onednn_has(torch.float32), reason="needs oneDNN")
+NEEDS_BFLOAT16 = pytest.mark.skipif(not cpu_rules.onednn_has(torch.bfloat16), reason="needs a CPU with bfloat16")
 # widened where this machine's oneDNN has no layer in them, as it never has in float16
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # _ROWS_PER_CUT, _CHUNK_BYTES: what makes the chunks what their names say

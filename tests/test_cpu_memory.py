@@ -12,12 +12,12 @@ from benchmarks.memory import Meter, way
 from benchmarks.peers import OURS, STOCK
 from benchmarks.results import RESIDENT
 from benchmarks.workloads import Shape, Workload
-from fastlstm import dispatch
+from fastlstm import cpu_rules, dispatch
 from fastlstm.problem import Problem, device_of
 
 CPU = torch.device("cpu")
 pytestmark = [
-    pytest.mark.skipif(not dispatch.onednn_has(torch.float32), reason="needs oneDNN"),
+    pytest.mark.skipif(not cpu_rules.onednn_has(torch.float32), reason="needs oneDNN"),
     pytest.mark.skipif(way(CPU) != RESIDENT, reason="needs Linux's /proc and glibc"),
 ]
 # of ours to stock's

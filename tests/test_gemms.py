@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fastlstm import dispatch, gemms
+from fastlstm import cpu_rules, gemms
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 N, M, K = 700, 24, 40  # three blocks of rows, the last one not full
@@ -27,7 +27,7 @@ def make_products(dtype, rows=N):
 
 @pytest.fixture(params=[False, True], ids=["as they are", "widened"])
 def widened(request, monkeypatch):
-    monkeypatch.setattr(dispatch, "is_widened", lambda dtype: dtype.itemsize == 2 and request.param)
+    monkeypatch.setattr(cpu_rules, "is_widened", lambda dtype: dtype.itemsize == 2 and request.param)
     monkeypatch.setattr(gemms, "_WIDE_ELEMENTS", 300 * (M + K))
     return request.param
 

@@ -26,7 +26,7 @@ from pairs import (
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 import fastlstm
-from fastlstm import dispatch
+from fastlstm import cpu_rules
 
 # torch says once a process that its own op is slow here
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
@@ -253,7 +253,7 @@ def test_explain_is_what_runs(monkeypatch):
 
 @pytest.mark.parametrize(("form", "backend"), [("dense", "reference"), ("dense", "auto"), ("unsorted", "auto")])
 def test_autocast(form, backend):
-    if form == "dense" and not dispatch.onednn_has(torch.bfloat16):
+    if form == "dense" and not cpu_rules.onednn_has(torch.bfloat16):
         pytest.skip("stock cannot run this on a CPU without bfloat16 (test_autocast.py runs ours)")
     stock, ours = make_pair(backend, num_layers=2)
     x = make_input(form)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastlstm import dispatch
+from fastlstm import cpu_rules
 from fastlstm import problem as problem_module
 from fastlstm.dispatch import decide
 from fastlstm.problem import Device, Problem
@@ -20,8 +20,8 @@ def multiplies(monkeypatch):
     """Return a function that sets what 16 bit this processor's oneDNN multiplies: bfloat16, until it is called."""
 
     def set_dtypes(*dtypes):
-        monkeypatch.setattr(dispatch, "_onednn_is_on", lambda: True)
-        monkeypatch.setattr(dispatch, "_onednn_multiplies", dtypes.__contains__)
+        monkeypatch.setattr(cpu_rules, "_onednn_is_on", lambda: True)
+        monkeypatch.setattr(cpu_rules, "_onednn_multiplies", dtypes.__contains__)
 
     set_dtypes(torch.bfloat16)
     return set_dtypes
@@ -94,7 +94,9 @@ def test_auto_on_a_cpu(backend, changes):
         ("torch", {"T": 48, "B": 32, "I": 1024, "training": False}),
         ("torch", {"P": 64, "training": False}),
         ("onednn", {"P": 64, "T": 256, "training": False}),
-        ("reference", {"dtype": torch.float64}),
+        ("torch", {"dtype": torch.float64, "T": 11}),
+        ("reference", {"dtype": torch.float64, "T": 12}),
+        ("torch", {"dtype": torch.float64, "training": False}),
     ],
     ids=str,
 )
