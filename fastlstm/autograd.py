@@ -16,8 +16,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from fastlstm import autocast, gemms, packing, reference, tracing
 from fastlstm.ops import as_rows, gemms_suffice, lstm_backward, lstm_forward, lstm_gates, run_backward, run_forward
-from fastlstm.weights import DirectionWeights, biases, by_kind, by_layer, spread
-from fastlstm.weights import stack as stack_tensors
+from fastlstm.weights import DirectionWeights, biases, by_kind, by_layer, spread, stack_tensors
 
 
 def lstm_layer(

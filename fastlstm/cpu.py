@@ -33,9 +33,9 @@ import torch
 from torch import Tensor
 
 from fastlstm import autocast, autograd, cpu_rules, cutting, packing, tracing
+from fastlstm.stock import ONEDNN_LSTM
 from fastlstm.weights import DirectionWeights
 
-_LSTM = 2  # the cell's number in aten.mkldnn_rnn_layer
 _SATURATED = (-1e30, 1e30, 0.0, -1e30)
 _GATHERED = 1 << 17  # elements that inference may gather at once in any case
 
@@ -71,8 +71,7 @@ def lstm_layer(
     if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in (x, h0, c0, *flat)):
         return _infer(x, h0, c0, flat, batch_sizes)
     chunks = cutting.make_chunks(batch_sizes, x.shape[1], h0.shape[2], len(weights), x.dtype)
-    output, h_n, c_n, *_ = _PackedLayer.apply(x, h0, c0, batch_sizes, chunks, *flat)  # pyright: ignore
-    return output, h_n, c_n
+    return _PackedLayer.apply(x, h0, c0, batch_sizes, chunks, *flat)  # pyright: ignore[reportReturnType]
 
 
 def _project(
@@ -111,20 +110,16 @@ class _PackedLayer(torch.autograd.Function):
     """One layer over packed rows, its backward by oneDNN too, chunk by chunk."""
 
     @staticmethod
-    def forward(
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any,
         x: Tensor,
         h0: Tensor,
         c0: Tensor,
         batch_sizes: Tensor,
         chunks: list[list[cutting.Chunk]],
         *flat: Tensor | None,
-    ) -> tuple[Tensor, ...]:
-        """Return what `lstm_layer` does, and for each chunk the states around it and oneDNN's workspace."""
-        return _forward(x, h0, c0, flat, chunks)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        """Save for backward.
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what `lstm_layer` does, and save for backward.
 
         Beyond the inputs and the output that the caller holds anyway, a row and direction cost what oneDNN's forward
         writes into its workspace, about 24H bytes in float32 and 17H in bfloat16, where it is kept (`cutting.py`). Its
@@ -132,13 +127,11 @@ class _PackedLayer(torch.autograd.Function):
         made again if the graph is walked twice. The space for that is reserved from the start (64H bytes): torch's
         profiler counts it, but it is no memory until it is written. What was gathered is gathered again.
         """
-        x, h0, c0, batch_sizes, chunks, *flat = inputs
-        rows, _, _, *states = output
-        ctx.mark_non_differentiable(*(tensor for tensor in states if tensor is not None))
-        ctx.set_materialize_grads(False)  # a workspace needs no gradient of zeros
-        ctx.workspaces = [states.pop(k) for k in range(4, 4 * len(states) // 5 + 1, 4)]
-        ctx.save_for_backward(x, h0, c0, batch_sizes, *flat, rows, *states)
-        ctx.chunks = chunks
+        output, h_n, c_n, states, workspaces = _forward(x, h0, c0, flat, chunks)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, h0, c0, batch_sizes, *flat, output, *itertools.chain.from_iterable(states))
+        ctx.workspaces, ctx.chunks = workspaces, chunks
+        return output, h_n, c_n
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple:
@@ -147,14 +140,15 @@ class _PackedLayer(torch.autograd.Function):
         flat, output, states = saved[: 5 * len(h0)], saved[5 * len(h0)], saved[5 * len(h0) + 1 :]
         d_output, dh_n, dc_n = (
             torch.zeros_like(like) if cotangent is None else cotangent
-            for cotangent, like in zip(cotangents[:3], (output, h0, c0), strict=True)
+            for cotangent, like in zip(cotangents, (output, h0, c0), strict=True)
         )
         needs = (*ctx.needs_input_grad[:3], *ctx.needs_input_grad[5:])
         inputs = (x, h0, c0, *flat)
         if torch.is_grad_enabled() or tracing.need_plain_ops(cotangents):
             gradients = autograd.differentiable_backward((d_output, dh_n, dc_n), inputs, needs, batch_sizes)
         else:
-            saved = (output, states, ctx.workspaces, ctx.chunks)
+            around = [states[k : k + 4] for k in range(0, len(states), 4)]
+            saved = (output, around, ctx.workspaces, ctx.chunks)
             with autocast.off(x.device):  # a workspace that is made again is made as forward would
                 gradients = _backward((d_output, dh_n, dc_n), inputs, needs, *saved)
         return *gradients[:3], None, None, *gradients[3:]
@@ -212,13 +206,19 @@ def _infer(
 
 def _forward(
     x: Tensor, h0: Tensor, c0: Tensor, flat: Sequence[Tensor | None], chunks: list[list[cutting.Chunk]]
-) -> tuple[Any, ...]:
-    """Run every chunk of every direction; return five more tensors a chunk for `_backward`."""
+) -> tuple[Tensor, Tensor, Tensor, list[tuple[Tensor, ...]], list[Tensor | None]]:
+    """Run every chunk of every direction.
+
+    Returns:
+        output, h_n and c_n of the layer; and of each chunk the states (h, c) before and after it, and oneDNN's
+        workspace where it is kept.
+    """
     H = h0.shape[2]
     output = x.new_empty(len(x), len(h0) * H)
     h_n = torch.empty_like(h0, memory_format=torch.contiguous_format)
     c_n = torch.empty_like(h_n)
-    states: list[Tensor | None] = []
+    states: list[tuple[Tensor, ...]] = []
+    workspaces: list[Tensor | None] = []
     for d, chunks_d in enumerate(chunks):
         weights, has_biases = _direction(flat, d)
         output_d = output[:, d * H : (d + 1) * H]
@@ -232,8 +232,9 @@ def _forward(
             ended = slice(chunk.rows - len(chunk.ends), chunk.rows)
             h_n[d, ended] = y.index_select(0, chunk.ends)
             c_n[d, ended] = c[ended]
-            states += (*before, h, c, workspace if chunk.keep else None)
-    return output, h_n, c_n, *states
+            states.append((*before, h, c))
+            workspaces.append(workspace if chunk.keep else None)
+    return output, h_n, c_n, states, workspaces
 
 
 def _backward(
@@ -241,7 +242,7 @@ def _backward(
     inputs: tuple[Tensor, ...],
     needs: tuple[bool, ...],
     output: Tensor,
-    states: list[Tensor],
+    states: Sequence[Sequence[Tensor]],
     workspaces: list[Tensor | None],
     chunks: list[list[cutting.Chunk]],
 ) -> list[Tensor | None]:
@@ -260,7 +261,7 @@ def _backward(
         for k in reversed(range(len(chunks_d))):
             chunk = chunks_d[k]
             at = d * len(chunks_d) + k
-            h_before, c_before, h_after, c_after = states[4 * at : 4 * at + 4]
+            h_before, c_before, h_after, c_after = states[at]
             x_chunk = _input(x, chunk)
             workspace, workspaces[at] = workspaces[at], None
             if workspace is None:
@@ -276,7 +277,7 @@ def _backward(
             dx_chunk, *dweights, dh, dc = torch.ops.aten.mkldnn_rnn_layer_backward.default(
                 x_chunk, *weights, h_before, c_before,
                 _gather(output[:, columns], chunk).view(shape), h_after, c_after, dy.view(shape), dh, dc,
-                False, _LSTM, H, 1, has_biases, True, False, [], False, workspace,
+                False, ONEDNN_LSTM, H, 1, has_biases, True, False, [], False, workspace,
             )  # fmt: skip
             if dx is not None:
                 dx_chunk = dx_chunk.flatten(0, 1)[:, : x.shape[1]].to(x.dtype)
@@ -294,7 +295,7 @@ def _run(
     x: Tensor, weights: list[Tensor], h: Tensor, c: Tensor, has_biases: bool, save: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Call oneDNN's layer on a dense batch: output, h, c and, with `save`, the workspace that its backward reads."""
-    options = False, [], _LSTM, h.shape[1], 1, has_biases, False, False, save
+    options = False, [], ONEDNN_LSTM, h.shape[1], 1, has_biases, False, False, save
     with torch.set_grad_enabled(save):  # grad mode is how the op is asked for a workspace
         return torch.ops.aten.mkldnn_rnn_layer.default(x, *weights, h, c, *options)
 

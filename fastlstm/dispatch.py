@@ -19,7 +19,7 @@ from fastlstm import cpu_rules, plans
 from fastlstm.problem import Device, Problem
 
 BACKENDS = ("auto", "reference", "triton", "torch")
-REGIMES = ("resident", "persistent", "streaming", "wavefront", "stepwise")
+KERNEL_REGIMES = ("resident", "persistent", "streaming", "wavefront", "stepwise")
 Times = tuple[tuple[str, float], ...]
 # regimes beside "resident" that were seen to be faster than cuDNN, by target; elsewhere they need a trial
 _ON_CHIP = {"sm_90": {"persistent", "wavefront"}}
@@ -130,7 +130,7 @@ def override() -> str:
 def is_implementation(text: str) -> bool:
     """Whether `text` is one of BACKENDS, or "triton" and the name of a layout, e.g. "triton persistent-16"."""
     backend, _, layout = text.partition(" ")
-    return text in BACKENDS or (backend == "triton" and layout.partition("-")[0] in REGIMES)
+    return text in BACKENDS or (backend == "triton" and layout.partition("-")[0] in KERNEL_REGIMES)
 
 
 def has_choice(problem: Problem, device: Device) -> bool:

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastlstm.stock import ONEDNN_LSTM
 from fastlstm.weights import directions
 
 _LAYER = torch.ops.fastlstm.lstm_forward.default
-_LSTM = 2  # the cell's number in aten.mkldnn_rnn_layer
 
 
 def decompositions() -> dict[Any, Callable[..., Any]]:
@@ -111,7 +111,7 @@ def _in_torch(
         output, h_n, c_n = torch.ops.aten.lstm.input(x, [h0, c0], weights, *flags)
         return output, h_n, c_n, *nothing
 
-    flags = ([], _LSTM, H, 1, has_biases, False, False, False)
+    flags = ([], ONEDNN_LSTM, H, 1, has_biases, False, False, False)
     results = []
     for d, direction in enumerate(directions(weights, D)):
         tensors = (x.new_empty(0) if weight is None else weight for weight in direction[:4])

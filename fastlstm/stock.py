@@ -17,6 +17,8 @@ from fastlstm.weights import directions
 
 # torch._VF looks an op up on every call
 lstm_cell: Any = torch._VF.lstm_cell  # pyright: ignore[reportAttributeAccessIssue]
+# the cell's number in `aten.mkldnn_rnn_layer`, oneDNN's dense layer
+ONEDNN_LSTM = 2
 _lstm: Any = torch._VF.lstm  # pyright: ignore[reportAttributeAccessIssue]
 # the backward passes of cuDNN and MIOpen have no derivative
 _ONCE = ("CudnnRnn", "MiopenRnn")

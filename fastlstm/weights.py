@@ -31,7 +31,7 @@ def spread(weights: Sequence[Any], D: int) -> list[Any]:
 def by_kind(flat: Sequence[Any]) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return the directions' weights together: w_ih [D*4H, I], w_hh [D, 4H, P], w_hr [D, P, H] or None."""
     w_ih, w_hh, w_hr = flat[0::5], flat[1::5], flat[4::5]
-    return _cat(w_ih), stack(w_hh), None if w_hr[0] is None else stack(w_hr)
+    return _cat(w_ih), stack_tensors(w_hh), None if w_hr[0] is None else stack_tensors(w_hr)
 
 
 def biases(flat: Sequence[Any]) -> Tensor | None:
@@ -42,13 +42,13 @@ def biases(flat: Sequence[Any]) -> Tensor | None:
 
 def by_layer(flat: Sequence[Any]) -> tuple[Tensor, Tensor, Tensor]:
     """Return a stack's weights: w_ih of the first layer, w_ih [L-1, 4H, H] of the rest, w_hh [L, 4H, H]."""
-    return flat[0], stack(flat[5::5]), stack(flat[1::5])
+    return flat[0], stack_tensors(flat[5::5]), stack_tensors(flat[1::5])
 
 
 def _cat(tensors: Sequence[Any]) -> Tensor:
     return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
 
 
-def stack(tensors: Sequence[Any]) -> Tensor:
+def stack_tensors(tensors: Sequence[Any]) -> Tensor:
     """Return `torch.stack` of them, without a copy where there is one."""
     return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(list(tensors))
