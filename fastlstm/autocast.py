@@ -56,9 +56,10 @@ def result_dtypes(
     """Return the dtypes of (output and h_n, c_n) that stock gives for a call in a region of `dtype`.
 
     On a CPU without oneDNN it steps through ops of which autocast knows the GEMMs only, so that the cell stays in the
-    dtype of c0, and with it what no GEMM follows.
+    dtype of c0, and with it what no GEMM follows. `packed` is false where all rows are as long: stock sees that, too.
     """
-    if data.device.type != "cpu" or not (packed or projected or not _onednn_has(data.dtype)):
+    stepwise = packed or projected or c0.shape[1] == 0 or not _onednn_has(data.dtype)
+    if data.device.type != "cpu" or not stepwise:
         return dtype, dtype
     cell = torch.promote_types(dtype, c0.dtype)
     return dtype if projected else cell, cell

@@ -17,9 +17,8 @@ their lengths, so the same cuts serve, filled from other rows of the data.
 
 A projection, which oneDNN has no kernel for either, leaves the recurrence: see `_project`.
 
-This is the wrong tool for dense input without projection (stock makes the very same call, once; but see `_columns`),
-for float64 and float16, which oneDNN does not train, and for training where MKL's product of a single step is as fast
-(`dispatch.py`).
+This is the wrong tool for dense input without projection where oneDNN has a layer in its dtype (stock makes the very
+same call, once; but see `_columns`), for float64, and where MKL's product of a single step is as fast (`cpu_rules.py`).
 """
 
 from __future__ import annotations
@@ -33,6 +32,7 @@ import torch
 from torch import Tensor
 
 from fastlstm import autocast, autograd, cpu_rules, cutting, packing, tracing
+from fastlstm.ops import as_rows
 from fastlstm.stock import ONEDNN_LSTM
 from fastlstm.weights import DirectionWeights
 
@@ -50,7 +50,7 @@ def lstm_layer(
     """Run the D directions of one layer over rows: `autograd.lstm_layer`, by oneDNN.
 
     Args:
-        x: [N, I], or dense rows as [T, B, I]; float32 or bfloat16.
+        x: [N, I], or dense rows as [T, B, I]; float32, or in 16 bit, which is widened where oneDNN has no layer in it.
         h0: [D, B, P] (P is H without projection).
         c0: [D, B, H].
         weights: one tuple (w_ih, w_hh, b_ih, b_hh, w_hr) a direction; biases and w_hr may be None.
@@ -64,14 +64,19 @@ def lstm_layer(
         batch_sizes = torch.full((x.shape[:-1].numel() // B,), B, device="cpu")
     if weights[0][4] is not None:
         return _project(x, h0, c0, weights, batch_sizes)
-    if x.dim() == 3:
-        output, h_n, c_n = lstm_layer(x.flatten(0, 1), h0, c0, weights, batch_sizes)
-        return torch.ops.aten._unsafe_view(output, (*x.shape[:2], output.shape[1])), h_n, c_n
     flat = [weight for direction in weights for weight in direction]
+    dtype = x.dtype if cpu_rules.onednn_has(x.dtype) else torch.float32
     if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in (x, h0, c0, *flat)):
-        return _infer(x, h0, c0, flat, batch_sizes)
-    chunks = cutting.make_chunks(batch_sizes, x.shape[1], h0.shape[2], len(weights), x.dtype)
-    return _PackedLayer.apply(x, h0, c0, batch_sizes, chunks, *flat)  # pyright: ignore[reportReturnType]
+        output, h_n, c_n = _infer(as_rows(x), h0, c0, flat, batch_sizes, dtype)
+        return _shaped(output, x), h_n, c_n
+    chunks = cutting.make_chunks(batch_sizes, x.shape[-1], h0.shape[2], len(weights), x.dtype)
+    return _PackedLayer.apply(x, h0, c0, batch_sizes, chunks, dtype, *flat)  # pyright: ignore[reportReturnType]
+
+
+def _shaped(output: Tensor, x: Tensor) -> Tensor:
+    """Return the output [N, D*H] as x has its rows, [N, ...] or [T, B, ...], and no view."""
+    # what it is of goes out of scope here, so it need not be known as a view
+    return output if x.dim() == 2 else torch.ops.aten._unsafe_view(output, (*x.shape[:2], output.shape[1]))
 
 
 def _project(
@@ -91,19 +96,29 @@ def _project(
         rows = torch.arange(len(x), device="cpu")
         for d, state in enumerate(h0):
             first_rows = packing.first_rows(rows, B, batch_sizes, reverse=d == 1)
-            x = torch.cat((x, x.new_zeros(len(x), P).index_add(0, first_rows, state)), 1)
+            x = torch.cat((_own_gradient(x), x.new_zeros(len(x), P).index_add(0, first_rows, state)), 1)
 
     plain: list[DirectionWeights] = []
     for d, (w_ih, w_hh, b_ih, b_hh, w_hr) in enumerate(weights):
         assert w_hr is not None
         columns = [w_hh if d == e else torch.zeros_like(w_hh) for e in range((x.shape[1] - w_ih.shape[1]) // P)]
-        plain.append((torch.cat((w_ih, *columns), 1), w_hh @ w_hr, b_ih, b_hh, None))
+        plain.append(
+            (torch.cat((_own_gradient(w_ih), *columns), 1) if columns else w_ih, w_hh @ w_hr, b_ih, b_hh, None)
+        )
 
     m, m_n, c_n = lstm_layer(x, torch.zeros_like(c0), c0, plain, batch_sizes)
     w_hr_t = [w_hr.t() for *_, w_hr in weights if w_hr is not None]
     output = [m_d.view(*shape, -1) @ w for m_d, w in zip(m.chunk(len(weights), 1), w_hr_t, strict=True)]
     h_n = [m_d @ w for m_d, w in zip(m_n, w_hr_t, strict=True)]
     return torch.cat(output, -1), torch.stack(h_n), c_n
+
+
+def _own_gradient(tensor: Tensor) -> Tensor:
+    """Return an alias whose gradient is contiguous: to `cat` it would be a view into the gradient of the whole."""
+    alias = tensor.view_as(tensor)
+    if alias.requires_grad:
+        alias.register_hook(Tensor.contiguous)
+    return alias
 
 
 class _PackedLayer(torch.autograd.Function):
@@ -117,6 +132,7 @@ class _PackedLayer(torch.autograd.Function):
         c0: Tensor,
         batch_sizes: Tensor,
         chunks: list[list[cutting.Chunk]],
+        dtype: torch.dtype,
         *flat: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return what `lstm_layer` does, and save for backward.
@@ -127,7 +143,8 @@ class _PackedLayer(torch.autograd.Function):
         made again if the graph is walked twice. The space for that is reserved from the start (64H bytes): torch's
         profiler counts it, but it is no memory until it is written. What was gathered is gathered again.
         """
-        output, h_n, c_n, states, workspaces = _forward(x, h0, c0, flat, chunks)
+        output, h_n, c_n, states, workspaces = _forward(as_rows(x), h0, c0, flat, chunks, dtype)
+        output = _shaped(output, x)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, h0, c0, batch_sizes, *flat, output, *itertools.chain.from_iterable(states))
         ctx.workspaces, ctx.chunks = workspaces, chunks
@@ -142,16 +159,18 @@ class _PackedLayer(torch.autograd.Function):
             torch.zeros_like(like) if cotangent is None else cotangent
             for cotangent, like in zip(cotangents, (output, h0, c0), strict=True)
         )
-        needs = (*ctx.needs_input_grad[:3], *ctx.needs_input_grad[5:])
+        needs = (*ctx.needs_input_grad[:3], *ctx.needs_input_grad[6:])
         inputs = (x, h0, c0, *flat)
         if torch.is_grad_enabled() or tracing.need_plain_ops(cotangents):
             gradients = autograd.differentiable_backward((d_output, dh_n, dc_n), inputs, needs, batch_sizes)
         else:
             around = [states[k : k + 4] for k in range(0, len(states), 4)]
-            saved = (output, around, ctx.workspaces, ctx.chunks)
+            saved = (as_rows(output), around, ctx.workspaces, ctx.chunks)
             with autocast.off(x.device):  # a workspace that is made again is made as forward would
-                gradients = _backward((d_output, dh_n, dc_n), inputs, needs, *saved)
-        return *gradients[:3], None, None, *gradients[3:]
+                rows = (as_rows(x), *inputs[1:])
+                dx, *gradients = _backward((as_rows(d_output), dh_n, dc_n), rows, needs, *saved)
+            gradients = [None if dx is None else dx.view(x.shape), *gradients]
+        return *gradients[:3], None, None, None, *gradients[3:]
 
 
 def _infer(
@@ -160,6 +179,7 @@ def _infer(
     c0: Tensor,
     flat: Sequence[Tensor | None],
     batch_sizes: Tensor,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run a layer for no backward pass: what is copied is copied for many chunks at once, for here it weighs more."""
     N, I = x.shape  # noqa: E741
@@ -170,24 +190,26 @@ def _infer(
     edges, by_direction = cutting.lay_places(sizes, batch_sizes, cuts, D)
     row = torch.arange(N, device="cpu")
     is_dead = torch.ones(edges[-1], dtype=torch.bool, device="cpu").index_fill_(0, by_direction[0], False)
-    most = max(H * N // 8, _GATHERED) // _columns(x)  # places gathered at once: a small part of the output's size
+    most = max(H * N // 8, _GATHERED) // _columns(
+        I, dtype
+    )  # places gathered at once: a small part of the output's size
 
     output = x.new_empty(N, D * H)
     h_n = torch.empty_like(h0, memory_format=torch.contiguous_format)
     c_n = torch.empty_like(h_n)
     for d, place in enumerate(by_direction):
         source = row.new_zeros(edges[-1]).index_copy_(0, place, row)
-        weights, has_biases = _direction(flat, d)
+        weights, has_biases = _direction(flat, d, dtype)
         if len(edges) > 2:
             weights[:2] = _laid_out(weights[0], weights[1], H, has_biases)
         output_d = output[:, d * H : (d + 1) * H]
-        h, c = _widened(h0[d]).contiguous(), c0[d].float().contiguous()
+        h, c = h0[d].to(dtype).contiguous(), c0[d].float().contiguous()
         outputs, last_cells, gathered = [], [], x
         origin = until = 0
         for k, ((start, rows), (end, after)) in enumerate(itertools.pairwise(cuts)):
             if edges[k] == until:
                 origin, until = until, edges[max(k + 1, bisect.bisect_right(edges, until + most) - 1)]
-                gathered = _gather_input(x, source[origin:until], is_dead[origin:until].nonzero().squeeze(1))
+                gathered = _gather_input(x, source[origin:until], is_dead[origin:until].nonzero().squeeze(1), dtype)
             x_chunk = gathered[edges[k] - origin : edges[k + 1] - origin].view(end - start, rows, -1)
             y, h, c, _ = _run(x_chunk, weights, h[:rows], c[:rows], has_biases, False)
             y = y.view(-1, H).to(x.dtype)
@@ -205,7 +227,12 @@ def _infer(
 
 
 def _forward(
-    x: Tensor, h0: Tensor, c0: Tensor, flat: Sequence[Tensor | None], chunks: list[list[cutting.Chunk]]
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor,
+    flat: Sequence[Tensor | None],
+    chunks: list[list[cutting.Chunk]],
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, list[tuple[Tensor, ...]], list[Tensor | None]]:
     """Run every chunk of every direction.
 
@@ -220,13 +247,13 @@ def _forward(
     states: list[tuple[Tensor, ...]] = []
     workspaces: list[Tensor | None] = []
     for d, chunks_d in enumerate(chunks):
-        weights, has_biases = _direction(flat, d)
+        weights, has_biases = _direction(flat, d, dtype)
         output_d = output[:, d * H : (d + 1) * H]
         # c stays in float32 from chunk to chunk; oneDNN asks for contiguous states but does not check
-        h, c = _widened(h0[d]).contiguous(), c0[d].float().contiguous()
+        h, c = h0[d].to(dtype).contiguous(), c0[d].float().contiguous()
         for chunk in chunks_d:
             before = h, c = h[: chunk.rows], c[: chunk.rows]
-            y, h, c, workspace = _run(_input(x, chunk), weights, *before, has_biases, chunk.keep)
+            y, h, c, workspace = _run(_input(x, chunk, dtype), weights, *before, has_biases, chunk.keep)
             y = y.view(-1, H).to(x.dtype)
             _scatter(y, chunk, output_d)
             ended = slice(chunk.rows - len(chunk.ends), chunk.rows)
@@ -249,12 +276,12 @@ def _backward(
     """Run the adjoint of every chunk, the last one first; sums over chunks are float32."""
     d_output, dh_n, dc_n = cotangents
     x, h0, c0, *flat = inputs
-    H = h0.shape[2]
+    H, dtype = h0.shape[2], states[0][0].dtype  # that of forward
     dx = torch.empty_like(x, memory_format=torch.contiguous_format) if needs[0] else None
     dh0, dc0 = torch.empty_like(h0), torch.empty_like(c0)
     dflat: list[Tensor | None] = []
     for d, chunks_d in enumerate(chunks):
-        weights, has_biases = _direction(flat, d)
+        weights, has_biases = _direction(flat, d, dtype)
         columns = slice(d * H, (d + 1) * H)
         dh = dc = h0.new_empty(0, H, dtype=torch.float32)
         sums: list[Tensor] = []
@@ -262,7 +289,7 @@ def _backward(
             chunk = chunks_d[k]
             at = d * len(chunks_d) + k
             h_before, c_before, h_after, c_after = states[at]
-            x_chunk = _input(x, chunk)
+            x_chunk = _input(x, chunk, dtype)
             workspace, workspaces[at] = workspaces[at], None
             if workspace is None:
                 workspace = _run(x_chunk, weights, h_before, c_before, has_biases, True)[3]
@@ -270,13 +297,13 @@ def _backward(
             # rows that go on get theirs from the next chunk; one that ends here from c_n, and from h_n at the end
             dc = torch.cat((dc, dc_n[d, ended]))
             dh = torch.cat((dh, dh.new_zeros(len(chunk.ends), H)))
-            dy = _gather(d_output[:, columns], chunk)
-            dy.index_add_(0, chunk.ends, _widened(dh_n[d, ended]))
+            dy = _gather(d_output[:, columns], chunk, dtype)
+            dy.index_add_(0, chunk.ends, dh_n[d, ended].to(dtype))
 
             shape = chunk.steps, chunk.rows, H
             dx_chunk, *dweights, dh, dc = torch.ops.aten.mkldnn_rnn_layer_backward.default(
                 x_chunk, *weights, h_before, c_before,
-                _gather(output[:, columns], chunk).view(shape), h_after, c_after, dy.view(shape), dh, dc,
+                _gather(output[:, columns], chunk, dtype).view(shape), h_after, c_after, dy.view(shape), dh, dc,
                 False, ONEDNN_LSTM, H, 1, has_biases, True, False, [], False, workspace,
             )  # fmt: skip
             if dx is not None:
@@ -300,20 +327,20 @@ def _run(
         return torch.ops.aten.mkldnn_rnn_layer.default(x, *weights, h, c, *options)
 
 
-def _direction(flat: Sequence[Tensor | None], d: int) -> tuple[list[Tensor], bool]:
+def _direction(flat: Sequence[Tensor | None], d: int, dtype: torch.dtype) -> tuple[list[Tensor], bool]:
     """Return one direction's weights as the op takes them, and whether it has biases.
 
     w_ih gets the column for dead rows.
     """
-    w_ih, w_hh, b_ih, b_hh, _ = flat[5 * d : 5 * d + 5]
+    w_ih, w_hh, *biases = (None if w is None else w.detach().to(dtype) for w in flat[5 * d : 5 * d + 4])
     assert w_ih is not None
     assert w_hh is not None
-    columns = _columns(w_ih) - w_ih.shape[1]
-    w_ih, w_hh = _widened(w_ih.detach()), _widened(w_hh.detach())
+    I = w_ih.shape[1]  # noqa: E741
     column = w_ih.new_tensor(_SATURATED).repeat_interleave(w_hh.shape[1]).unsqueeze(1)
-    biases = [w_ih.new_empty(0) if b is None else _widened(b.detach()) for b in (b_ih, b_hh)]
+    w_ih = torch.cat((w_ih, column.expand(-1, _columns(I, dtype) - I)), 1)
+    none = w_ih.new_empty(0)
     # the op would make w_hh contiguous in each call, what lays it out beforehand would not
-    return [torch.cat((w_ih, column.expand(-1, columns)), 1), w_hh.contiguous(), *biases], b_ih is not None
+    return [w_ih, w_hh.contiguous(), *(none if b is None else b for b in biases)], biases[0] is not None
 
 
 def _laid_out(w_ih: Tensor, w_hh: Tensor, H: int, has_biases: bool) -> list[Tensor]:
@@ -322,40 +349,37 @@ def _laid_out(w_ih: Tensor, w_hh: Tensor, H: int, has_biases: bool) -> list[Tens
     return lay_out(w_ih, w_hh, H, False, has_biases, False)
 
 
-def _gather(rows: Tensor, chunk: cutting.Chunk) -> Tensor:
+def _gather(rows: Tensor, chunk: cutting.Chunk, dtype: torch.dtype) -> Tensor:
     """Return the chunk's rows [steps * rows, K] out of packed ones [N, K], 0 at dead places."""
-    return _widened(rows.index_select(0, chunk.source)).index_fill_(0, chunk.dead, 0)
+    return rows.index_select(0, chunk.source).to(dtype).index_fill_(0, chunk.dead, 0)
 
 
-def _input(x: Tensor, chunk: cutting.Chunk) -> Tensor:
-    """Return a chunk's input [steps, rows, _columns(x)]."""
-    return _gather_input(x, chunk.source, chunk.dead).view(chunk.steps, chunk.rows, -1)
+def _input(x: Tensor, chunk: cutting.Chunk, dtype: torch.dtype) -> Tensor:
+    """Return a chunk's input [steps, rows, _columns(I)]."""
+    return _gather_input(x, chunk.source, chunk.dead, dtype).view(chunk.steps, chunk.rows, -1)
 
 
-def _gather_input(x: Tensor, source: Tensor, dead: Tensor) -> Tensor:
-    """Return the rows `source` of x [N, I] as input [places, _columns(x)], what tells dead places last."""
+def _gather_input(x: Tensor, source: Tensor, dead: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the rows `source` of x [N, I] as input [places, _columns(I)], what tells dead places last."""
     I = x.shape[1]  # noqa: E741
-    gathered = x.new_empty(len(source), _columns(x))
-    torch.index_select(x.detach(), 0, source, out=gathered[:, :I])
+    gathered = x.new_empty(len(source), _columns(I, dtype), dtype=dtype)
+    if x.dtype == dtype:
+        torch.index_select(x.detach(), 0, source, out=gathered[:, :I])
+    else:
+        gathered[:, :I] = x.detach().index_select(0, source)
     gathered[:, I:] = 0
     if len(dead):
         gathered.index_fill_(0, dead, 0)
         gathered[:, I:].index_fill_(0, dead, 1)
-    return _widened(gathered)
+    return gathered
 
 
-def _widened(tensor: Tensor) -> Tensor:
-    """Return a tensor as oneDNN can run it here, in float32 if not in the 16 bit it is in."""
-    return tensor if cpu_rules.onednn_has(tensor.dtype) else tensor.float()
-
-
-def _columns(rows: Tensor) -> int:
-    """Return how many columns the input [N, I] has with those that tell dead places: one more, or two to be even.
+def _columns(I: int, dtype: torch.dtype) -> int:  # noqa: E741
+    """Return how many columns an input has with those that tell dead places: one more, or two to be even.
 
     oneDNN multiplies bfloat16 by pairs; where one is left over it does without AMX and takes up to five times as long.
     """
-    I = rows.shape[1]  # noqa: E741
-    return I + 2 - I % 2 if rows.dtype == torch.bfloat16 else I + 1
+    return I + 2 - I % 2 if dtype == torch.bfloat16 else I + 1
 
 
 def _scatter(places: Tensor, chunk: cutting.Chunk, rows: Tensor, add: bool = False) -> None:

@@ -10,12 +10,17 @@ each shape that so few words can say.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 
 from fastlstm.problem import Problem
 from fastlstm.reference import accumulation_dtype
+
+# dtypes in 16 bit in which oneDNN has a product for this processor; asked once, for a tracer could not
+_MULTIPLIED = {
+    dtype
+    for dtype, name in ((torch.bfloat16, "_is_mkldnn_bf16_supported"), (torch.float16, "_is_mkldnn_fp16_supported"))
+    if torch.backends.mkldnn.is_available() and getattr(torch.ops.mkldnn, name)()
+}
 
 
 def choose(p: Problem, target: str) -> tuple[str, str, str]:
@@ -50,10 +55,10 @@ def choose(p: Problem, target: str) -> tuple[str, str, str]:
 def _choose_widened(p: Problem) -> tuple[str, str, str]:
     """Return (backend, regime, reason) on a CPU for a dtype in 16 bit that oneDNN does not multiply there.
 
-    Torch does so at a tenth to a thirtieth of its rate in float32, so float32 pays for all but the smallest calls.
+    Torch multiplies such numbers one at a time, so float32 pays for all but the smallest calls.
     """
-    fewest = 8 if p.training else 16
-    if fewest > p.T * p.B or p.T * _products(p) < 1 << 17:
+    fewest, least = (8, 1 << 17) if p.training else (16, 1 << 18)
+    if fewest > p.T * p.B or p.T * _products(p) < least:
         return "torch", "stock", "The call is over before float32 copies of the weights would pay."
     if not p.P and onednn_has(torch.float32) and _chunks_pay(p, 8 if p.training else 24):
         return "onednn", "chunks", "This processor is slow in this dtype; oneDNN's layer runs in float32, in chunks."
@@ -65,11 +70,10 @@ def _choose_without_avx512(p: Problem) -> tuple[str, str, str]:
 
     There oneDNN's layer, too, goes step by step, by a GEMM that is no faster than MKL's.
     """
-    if _chunks_pay(p, 8 if p.P else 32 if p.training else 48):
+    if _chunks_pay(p, 8 if p.P else 32 if p.training else 100):
         return "onednn", "chunks", "Stock would go step by step; chunks of steps run as dense oneDNN layers."
-    pays = p.B >= 32 and _products(p) >= 1 << 18 and one_product_pays(p.T * p.B, p.B, p.I, p.H, p.P or p.H, p.dtype)
-    if p.T >= 8 if p.training else pays:
-        return "reference", "loop", "The steps are large, or few, so that plain torch runs them one by one."
+    if p.training and p.T >= 8:
+        return "reference", "loop", "The steps are large, or few; plain torch runs them, its backward written by hand."
     return "torch", "stock", "The steps are large, or few, so that stock's own loop is as fast as any."
 
 
@@ -78,8 +82,8 @@ def _chunks_pay(p: Problem, most: int) -> bool:
 
     `most` is B (I + P) / T; it held over some 500 shapes, to 1 to 3 % of the best choice for each.
     """
-    fewest = 16 if p.training else 48
-    return fewest <= p.T and p.I <= 8 * p.H and p.B * (p.I + (p.P or p.H)) <= most * p.T
+    fewest, widest = (16, 8) if p.training else (56, 4)
+    return fewest <= p.T and widest * p.H >= p.I and p.B * (p.I + (p.P or p.H)) <= most * p.T
 
 
 def _obstacle_to_chunks(p: Problem, target: str) -> str:
@@ -166,20 +170,13 @@ def one_product_pays(rows: int, B: int, I: int, H: int, P: int, dtype: torch.dty
 
 def onednn_has(dtype: torch.dtype) -> bool:
     """Whether oneDNN runs stock's dense LSTM in a dtype on this machine."""
-    return _onednn_is_on() and (dtype == torch.float32 or (dtype == torch.bfloat16 and _onednn_multiplies(dtype)))
+    return _onednn_is_on() and (dtype == torch.float32 or (dtype == torch.bfloat16 and dtype in _MULTIPLIED))
 
 
 def is_widened(dtype: torch.dtype) -> bool:
     """Whether a CPU should compute a dtype in float32, since oneDNN has no product in it on this machine."""
-    return dtype in (torch.float16, torch.bfloat16) and not (_onednn_is_on() and _onednn_multiplies(dtype))
+    return dtype in (torch.float16, torch.bfloat16) and not (_onednn_is_on() and dtype in _MULTIPLIED)
 
 
 def _onednn_is_on() -> bool:
     return torch.backends.mkldnn.is_available() and torch._C._get_mkldnn_enabled()
-
-
-@functools.cache
-def _onednn_multiplies(dtype: torch.dtype) -> bool:
-    """Whether oneDNN has a product in a dtype in 16 bit for this processor."""
-    supports = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
-    return getattr(torch.ops.mkldnn, supports[dtype])()

@@ -238,7 +238,10 @@ def _decide(
     if override == "auto" and device.kind != "cpu":
         times = tuning.times(Problem(*problem), device, data.device, trial)
         device = device_of(data.device)  # a trial may have found that it has fewer processors for us
-    return _decision(backend, override, dtype is not None, device, times, *problem)
+    decision = _decision(backend, override, dtype is not None, device, times, *problem)
+    if decision.backend == "onednn" and tracing.watched(data):
+        return replace(decision, backend="reference", regime="loop", reason="A tracer or a mode should see one op.")
+    return decision
 
 
 @functools.lru_cache(maxsize=4096)
@@ -251,7 +254,7 @@ def _decision(
     on_cpu = lowered and device.kind == "cpu" and override == "auto"
     if on_cpu and decision.regime == "step":  # the cell is another op to autocast
         return replace(decision, regime="stock", reason="Stock's own op runs under autocast.")
-    dense = not p.runs and not p.P
+    dense = p.runs <= 1 and not p.P  # as stock sees it
     if on_cpu and decision.backend == "torch" and dense and not cpu_rules.onednn_has(p.dtype):
         reason = "Under autocast stock asks oneDNN for a kernel that it does not have in this dtype here."
         return replace(decision, backend="reference", regime="loop", reason=reason)
@@ -320,8 +323,8 @@ def _run_layers(
         low_states = states[0].to(dtype), states[1].to(dtype)
         with autocast.off(data.device):
             output, h_n, c_n = _run_layers(network, *lowered, batch_sizes, low_states, backend, stack)
-        projected = network.proj_size > 0
-        dtype, cell = autocast.result_dtypes(data, states[1], batch_sizes is not None, projected, dtype)
+        packed = batch_sizes is not None and (torch.compiler.is_compiling() or bool(batch_sizes[0] != batch_sizes[-1]))
+        dtype, cell = autocast.result_dtypes(data, states[1], packed, network.proj_size > 0, dtype)
         return output.to(dtype), h_n.to(dtype), c_n.to(cell)
     checks.check_alike(data, states, weights)
     if backend == "onednn" and batch_sizes is not None:  # the ops check for themselves

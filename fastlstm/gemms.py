@@ -1,8 +1,9 @@
 """The GEMMs over all rows of a layer: what the recurrence leaves to do before and after it.
 
-Each is one product of torch's, in the order of factors in which it is fastest. But on a processor for which oneDNN has
-no product in 16 bit torch multiplies such numbers at a tenth to a thirtieth of its rate in float32, so there they are
-widened, a block of rows at a time, which would else take what 16 bit have saved.
+Each is one product of torch's, in the order of factors in which it is fastest. But where oneDNN has no product in 16
+bit for the processor, torch multiplies such numbers one at a time; so there they are widened to float32, a block of
+rows at a time, which would else take the memory that 16 bit have saved. A tracer, who may not know how many rows there
+are, sees one block.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ def linear(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if not _in_float32(rows):
         return F.linear(rows, weight, bias)
     weight, bias = weight.float(), None if bias is None else bias.float()
-    product = rows.new_empty(len(rows), len(weight))
+    product = rows.new_empty(rows.shape[0], weight.shape[0])
     for some, to in zip(*_blocks(rows, product), strict=True):
         to.copy_(F.linear(some.float(), weight, bias))
     return product
@@ -44,8 +45,9 @@ def sum_of_outer(rows: Tensor, columns: Tensor) -> Tensor:
     # in this order MKL's float64 GEMM takes two thirds of the time
     if not _in_float32(rows):
         return (columns.t() @ rows).t().contiguous()
-    total = rows.new_zeros(columns.shape[1], rows.shape[1], dtype=torch.float32)
-    for some_rows, some_columns in zip(*_blocks(rows, columns), strict=True):
+    (first_rows, *more_rows), (first_columns, *more_columns) = _blocks(rows, columns)
+    total = first_columns.float().t() @ first_rows.float()
+    for some_rows, some_columns in zip(more_rows, more_columns, strict=True):
         total.addmm_(some_columns.float().t(), some_rows.float())
     return total.t().to(rows.dtype, memory_format=torch.contiguous_format)
 
@@ -56,8 +58,8 @@ def _in_float32(rows: Tensor) -> bool:
 
 
 def _blocks(*matrices: Tensor) -> list[tuple[Tensor, ...]]:
-    """Cut matrices into the same blocks of rows; for a tracer, who may not know how many there are, into one."""
+    """Cut matrices into the same blocks of rows; for a tracer into one."""
     if tracing.watched(*matrices):
         return [(matrix,) for matrix in matrices]
-    rows = max(32, _WIDE_ELEMENTS // sum(matrix.shape[1] for matrix in matrices))
+    rows = max(128, _WIDE_ELEMENTS // sum(matrix.shape[1] for matrix in matrices))
     return [matrix.split(rows) for matrix in matrices]

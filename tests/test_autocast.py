@@ -138,6 +138,29 @@ def test_checkpoint_inside_a_region(backend):
     assert all(map(torch.equal, torch.autograd.grad(plain, weights), torch.autograd.grad(again, weights)))
 
 
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("low", LOW, ids=str)
+@pytest.mark.parametrize("lengths", [(30,) * 4, (3,) * 4, (1,), ()], ids=str)
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "dense"])
+def test_rows_of_one_length_inside_a_region(packed, lengths, low, backend):
+    """Stock has oneDNN run them, where it can, even if they are packed."""
+    stock, ours = make_pair(backend)
+    if packed and not lengths:
+        pytest.skip("torch packs no empty batch")
+    x: Any = pack_sequence([torch.randn(n, I) for n in lengths]) if packed else torch.randn(9, len(lengths), I)
+    with torch.autocast("cpu", low), torch.no_grad():
+        output, states = ours(x)
+        results = [output.data if packed else output, *states]
+        if lengths and not cpu_rules.onednn_has(low):
+            with pytest.raises(RuntimeError, match="could not create a primitive descriptor"):
+                stock(x)
+            assert {result.dtype for result in results} == {low}
+            return
+        output, states = stock(x)
+    expected = [output.data if packed else output, *states]
+    assert [result.dtype for result in results] == [result.dtype for result in expected]
+
+
 # numpy, which Triton's interpreter computes with, warns of the overflow
 @pytest.mark.parametrize("backend", ["reference", "auto"])
 def test_scaled_training_of_float32_weights(backend):

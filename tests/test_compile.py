@@ -19,6 +19,7 @@ from torch._inductor import config
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence, pad_packed_sequence
 
 import fastlstm
+from fastlstm import cpu_rules
 
 OPTIONS: dict[str, Any] = {"num_layers": 2, "bidirectional": True}
 FORMS = ("dense", "batch_first", "sorted", "unsorted")
@@ -75,6 +76,18 @@ def test_one_graph_for_all_lengths(form, with_states):
             rows = (output.data, expected.data) if isinstance(output, PackedSequence) else (output, expected)
             torch.testing.assert_close((rows[0], *states), (rows[1], *expected_states))
         assert counter.frame_count <= 2, "recompiled for a length"
+
+
+@pytest.mark.parametrize("widened", [True, False])
+def test_one_graph_in_16_bit(widened, monkeypatch):
+    monkeypatch.setattr(cpu_rules, "is_widened", lambda dtype: widened and dtype.itemsize == 2)
+    ours = fastlstm.LSTM(I, 4, dtype=torch.bfloat16)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled: Any = torch.compile(ours, fullgraph=True, backend=counter, dynamic=True)
+    for lengths in LENGTHS:
+        x = make_input("dense", lengths).detach().bfloat16().requires_grad_()
+        compiled(x)[0].sum().backward()
+    assert counter.frame_count <= 2, "recompiled for a length"
 
 
 @pytest.mark.parametrize("form", ["dense", "sorted"])

@@ -11,8 +11,10 @@ import pytest
 import torch
 from helpers import Layer, assert_close, make_layer_inputs, run_lstm
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import fastlstm
 from fastlstm import cpu, cpu_rules, cutting, functional
@@ -217,6 +219,38 @@ def test_a_network_agrees_with_stock(enforce_sorted, training, dtype, monkeypatc
 
     truth = run(copy.deepcopy(stock).double(), *in_float64(x, hx))
     assert_close(run(ours, x, hx), truth, run(stock, x, hx), dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "dense"])
+def test_an_output_changed_in_place_is_missed(packed, dtype):
+    stock, x, hx = make_layer_inputs(I=3, H=4, D=1, lengths=LENGTHS, packed=packed, dtype=dtype)
+    batch_sizes = x.batch_sizes if isinstance(x, PackedSequence) else None
+    output, *_ = cpu.lstm_layer(x.data.requires_grad_(), *hx, Chunked(stock).weights(), batch_sizes)
+    assert output.shape[:-1] == x.data.shape[:-1]
+    assert not output._is_view()
+    loss = output.float().square().sum()
+    output.detach().mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
+def test_gradients_through_a_projection_are_contiguous():
+    stock, x, hx = make_packed(I=5, H=12, P=5, D=2)
+    weights = Chunked(stock).weights()
+    output, *_ = cpu.lstm_layer(x.data.requires_grad_(), *hx, weights, x.batch_sizes)
+    leaves = [x.data, *(weight for direction in weights for weight in direction if weight is not None)]
+    assert all(gradient.is_contiguous() for gradient in torch.autograd.grad(output.sum(), leaves))
+
+
+@pytest.mark.parametrize("mode", [FakeTensorMode, FlopCounterMode])
+def test_who_looks_on_sees_no_chunks(mode):
+    with mode(**({"display": False} if mode is FlopCounterMode else {})):
+        lstm = fastlstm.LSTM(64, 64, dtype=torch.float16)
+        x = torch.randn(400, 8, 64, dtype=torch.float16)
+        assert fastlstm.explain(lstm, x).backend != "onednn"
+        assert lstm(x)[0].shape == (400, 8, 64)
 
 
 @pytest.mark.parametrize("wanted", [("x",), ("h0",), ("c0",), ("weight_hh_l0",), ("bias_ih_l0_reverse", "c0")], ids=str)

@@ -21,7 +21,7 @@ def multiplies(monkeypatch):
 
     def set_dtypes(*dtypes):
         monkeypatch.setattr(cpu_rules, "_onednn_is_on", lambda: True)
-        monkeypatch.setattr(cpu_rules, "_onednn_multiplies", dtypes.__contains__)
+        monkeypatch.setattr(cpu_rules, "_MULTIPLIED", dtypes)
 
     set_dtypes(torch.bfloat16)
     return set_dtypes
@@ -84,14 +84,12 @@ def test_auto_on_a_cpu(backend, changes):
         ("reference", {"T": 255, "P": 64}),
         ("onednn", {"T": 256, "P": 64}),
         ("reference", {"T": 400, "I": 176, "H": 16, "B": 8}),
-        ("torch", {"T": 63, "training": False}),
-        ("onednn", {"T": 64, "training": False}),
-        ("torch", {"T": 47, "B": 4, "training": False}),
-        ("onednn", {"T": 48, "B": 4, "training": False}),
-        ("torch", {"T": 48, "B": 31, "training": False}),
-        ("reference", {"T": 48, "B": 32, "training": False}),
-        ("torch", {"T": 48, "B": 32, "H": 32, "training": False}),
-        ("torch", {"T": 48, "B": 32, "I": 1024, "training": False}),
+        ("torch", {"T": 55, "training": False}),
+        ("onednn", {"T": 56, "training": False}),
+        ("torch", {"T": 61, "B": 32, "training": False}),
+        ("onednn", {"T": 62, "B": 32, "training": False}),
+        ("onednn", {"T": 400, "I": 512, "training": False}),
+        ("torch", {"T": 400, "I": 513, "training": False}),
         ("torch", {"P": 64, "training": False}),
         ("onednn", {"P": 64, "T": 256, "training": False}),
         ("torch", {"dtype": torch.float64, "T": 11}),
@@ -121,10 +119,12 @@ def test_auto_without_avx512(backend, changes):
         ("reference", {"I": 16, "H": 16, "T": 16}),
         ("torch", {"B": 1, "T": 15, "training": False}),
         ("reference", {"B": 1, "T": 16, "training": False}),
+        ("torch", {"I": 16, "H": 16, "T": 31, "training": False}),
+        ("reference", {"I": 16, "H": 16, "T": 32, "training": False}),
         ("reference", {"T": 127, "training": False}),
         ("onednn", {"T": 128, "training": False}),
-        ("reference", {"B": 1, "T": 47, "training": False}),
-        ("onednn", {"B": 1, "T": 48, "training": False}),
+        ("reference", {"B": 1, "T": 55, "training": False}),
+        ("onednn", {"B": 1, "T": 56, "training": False}),
     ],
     ids=str,
 )

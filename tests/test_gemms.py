@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from fastlstm import cpu_rules, gemms
 
@@ -60,6 +61,9 @@ def test_a_block_at_a_time_is_held_in_float32(widened, monkeypatch):
 
 @pytest.mark.usefixtures("widened")
 def test_a_tracer_sees_no_blocks():
+    with FlopCounterMode(display=False) as counter:
+        make_products(torch.bfloat16)
+    assert counter.get_total_flops() == 3 * 4 * 2 * N * M * K  # four products, and what is expected of them
     with FakeTensorMode():
         for product, shape in zip(make_products(torch.bfloat16)[0], ((N, M), (N, M), (N, K), (M, K)), strict=True):
             assert product.shape == shape
