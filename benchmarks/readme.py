@@ -10,10 +10,11 @@ from benchmarks.tables import milliseconds
 
 README = FOLDER.parent.parent / "README.md"
 
-# what the README shows of a result file, by device, and where: between two comments, of which the first names the file
+# which rows of a result file the README shows, and where: between two comments, of which the first names the file
 README_ROWS = {
-    "cpu": r"^c/(dense|packed)/fp32|^f/packed/fp32|^b/packed/bf16|^b/dense-proj64/fp32|^charlm",
-    "cuda": r"^(c|long-768|deepbench-(512x64|1024x16|2048x128))/dense/bf16|^(b|c)/packed/bf16"
+    "cpu.json": r"^c/(dense|packed)/fp32|^f/packed/fp32|^b/packed/bf16|^b/dense-proj64/fp32|^charlm",
+    "cpu-avx2.json": r"^c/(dense|packed)/bf16|^(b|c)/packed/fp32",
+    "gpu-h200.json": r"^(c|long-768|deepbench-(512x64|1024x16|2048x128))/dense/bf16|^(b|c)/packed/bf16"
     r"|^deepbench-512x64/dense-bidirectional/bf16|^deepbench-256x64/dense/fp|^deepbench-1024x16/dense/fp16",
 }
 README_TABLE = re.compile(r"(?P<begin><!-- results: (?P<file>\S+) -->)\n.*?(?P<end><!-- end of results -->)", re.DOTALL)
@@ -81,8 +82,9 @@ def fill_readme(readme: str) -> str:
     """Return the README with the table between its markers made again from the result file that they name."""
 
     def table(match: re.Match[str]) -> str:
-        result = load(README.parent / match["file"])
-        rows = readme_table(result, README_ROWS[str(result["settings"]["device"])])
+        file = README.parent / match["file"]
+        result = load(file)
+        rows = readme_table(result, README_ROWS[file.name])
         body = f"{rows}\n{provenance(result)}; `{result['command']}`"
         return f"{match['begin']}\n{body}\n{match['end']}"
 
