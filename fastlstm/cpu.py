@@ -102,9 +102,8 @@ def _project(
     for d, (w_ih, w_hh, b_ih, b_hh, w_hr) in enumerate(weights):
         assert w_hr is not None
         columns = [w_hh if d == e else torch.zeros_like(w_hh) for e in range((x.shape[1] - w_ih.shape[1]) // P)]
-        plain.append(
-            (torch.cat((_own_gradient(w_ih), *columns), 1) if columns else w_ih, w_hh @ w_hr, b_ih, b_hh, None)
-        )
+        wide = torch.cat((_own_gradient(w_ih), *columns), 1) if columns else w_ih
+        plain.append((wide, w_hh @ w_hr, b_ih, b_hh, None))
 
     m, m_n, c_n = lstm_layer(x, torch.zeros_like(c0), c0, plain, batch_sizes)
     w_hr_t = [w_hr.t() for *_, w_hr in weights if w_hr is not None]
