@@ -189,9 +189,8 @@ def _infer(
     edges, by_direction = cutting.lay_places(sizes, batch_sizes, cuts, D)
     row = torch.arange(N, device="cpu")
     is_dead = torch.ones(edges[-1], dtype=torch.bool, device="cpu").index_fill_(0, by_direction[0], False)
-    most = max(H * N // 8, _GATHERED) // _columns(
-        I, dtype
-    )  # places gathered at once: a small part of the output's size
+    # places gathered at once: a small part of the output's size
+    most = max(H * N // 8, _GATHERED) // _columns(I, dtype)
 
     output = x.new_empty(N, D * H)
     h_n = torch.empty_like(h0, memory_format=torch.contiguous_format)
