@@ -31,13 +31,17 @@ def peak():
         yield lambda workload: (meter(workload, STOCK), meter(workload, OURS))
 
 
-@pytest.mark.parametrize("lengths", ["", "uniform"], ids=["dense", "packed"])
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize(("dtype", "lengths"), [("fp32", "uniform"), ("bf16", "uniform"), ("bf16", "")])
 def test_what_is_not_left_to_stock(dtype, lengths, peak):
-    shapes = [((100, 64, 64, 128), 0), ((100, 64, 64, 128), 32), ((400, 8, 64, 64), 0)]
+    widened = cpu_rules.is_widened(workloads.DTYPES[dtype])
+    if not lengths and not widened:
+        pytest.skip("stock's op runs dense rows in one call a layer here")
+    shapes = [((100, 64, 64, 128), 0), ((100, 64, 64, 128), 32)]
     if lengths:
         shapes += [((100, 48, 256, 48), 0), ((50, 80, 128, 256), 0)]
-    if lengths and dtype == "bf16":
+    if widened:
+        shapes += [((400, 8, 64, 64), 0)]  # in chunks
+    elif dtype == "bf16":
         shapes += [((48, 70, 128, 256), 0)]  # leaves no room for workspaces
     compared = 0
     for (sizes, P), training in itertools.product(shapes, (True, False)):
@@ -50,7 +54,7 @@ def test_what_is_not_left_to_stock(dtype, lengths, peak):
         assert stock
         assert ours
         assert ours <= BOUNDS[dtype, training] * stock, f"{sizes}, {P}, training={training}: {ours}, stock {stock}"
-    assert compared >= (4 if lengths else 1)
+    assert compared > len(shapes) // 2
 
 
 @pytest.mark.skipif(device_of(CPU).target != "amx", reason="needs a CPU with AMX")

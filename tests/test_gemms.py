@@ -41,7 +41,8 @@ def test_products_are_rounded_once(dtype, widened):
     for product, true, unsigned in zip(*make_products(dtype), strict=True):
         assert product.dtype == dtype
         assert product.is_contiguous()
-        bound = roundings * torch.finfo(dtype).eps / 2 * true.abs() + added * unsigned
+        rounded = true.abs() if widened else unsigned
+        bound = roundings * torch.finfo(dtype).eps / 2 * rounded + added * unsigned
         assert int(((product.double() - true).abs() > bound).sum()) == 0
 
 
