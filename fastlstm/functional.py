@@ -238,7 +238,8 @@ def _decide(
     if override == "auto" and device.kind != "cpu":
         times = tuning.times(Problem(*problem), device, data.device, trial)
         device = device_of(data.device)  # a trial may have found that it has fewer processors for us
-    decision = _decision(backend, override, dtype is not None, device, times, *problem)
+    onednn = torch._C._get_mkldnn_enabled()
+    decision = _decision(backend, override, dtype is not None, onednn, device, times, *problem)
     if decision.backend == "onednn" and tracing.watched(data):
         return replace(decision, backend="reference", regime="loop", reason="A tracer or a mode should see one op.")
     return decision
@@ -246,9 +247,15 @@ def _decide(
 
 @functools.lru_cache(maxsize=4096)
 def _decision(
-    backend: str, override: str, lowered: bool, device: Device, times: dispatch.Times, *problem: Any
+    backend: str,
+    override: str,
+    lowered: bool,
+    onednn: bool,
+    device: Device,
+    times: dispatch.Times,
+    *problem: Any,
 ) -> dispatch.Decision:
-    """Decide once for each kind of call; `override`, for "auto", is what `decide` asks for itself, or else empty."""
+    """Decide once for each kind of call; `override` (empty but for "auto") and `onednn` are read again underneath."""
     decision = dispatch.decide(Problem(*problem), device, backend, times)
     p = decision.problem
     on_cpu = lowered and device.kind == "cpu" and override == "auto"

@@ -244,6 +244,14 @@ def test_gradients_through_a_projection_are_contiguous():
     assert all(gradient.is_contiguous() for gradient in torch.autograd.grad(output.sum(), leaves))
 
 
+def test_a_decision_knows_whether_onednn_is_on(monkeypatch):
+    lstm = fastlstm.LSTM(16, 16)
+    x = pack_sequence([torch.randn(n, 16) for n in (100, 90)])
+    for enabled in (True, False, True):
+        monkeypatch.setattr(torch._C, "_get_mkldnn_enabled", lambda enabled=enabled: enabled)
+        assert (fastlstm.explain(lstm, x).backend == "onednn") == enabled
+
+
 @pytest.mark.parametrize("mode", [FakeTensorMode, FlopCounterMode])
 def test_who_looks_on_sees_no_chunks(mode):
     with mode(**({"display": False} if mode is FlopCounterMode else {})):
