@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from fastlstm import autocast, autograd, cpu_rules, cutting, packing, tracing
-from fastlstm.ops import as_rows
+from fastlstm.ops import as_rows, shaped_as
 from fastlstm.stock import ONEDNN_LSTM
 from fastlstm.weights import DirectionWeights
 
@@ -68,15 +68,9 @@ def lstm_layer(
     dtype = x.dtype if cpu_rules.onednn_has(x.dtype) else torch.float32
     if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in (x, h0, c0, *flat)):
         output, h_n, c_n = _infer(as_rows(x), h0, c0, flat, batch_sizes, dtype)
-        return _shaped(output, x), h_n, c_n
+        return shaped_as(output, x), h_n, c_n
     chunks = cutting.make_chunks(batch_sizes, x.shape[-1], h0.shape[2], len(weights), x.dtype)
     return _PackedLayer.apply(x, h0, c0, batch_sizes, chunks, dtype, *flat)  # pyright: ignore[reportReturnType]
-
-
-def _shaped(output: Tensor, x: Tensor) -> Tensor:
-    """Return the output [N, D*H] as x has its rows, [N, ...] or [T, B, ...], and no view."""
-    # what it is of goes out of scope here, so it need not be known as a view
-    return output if x.dim() == 2 else torch.ops.aten._unsafe_view(output, (*x.shape[:2], output.shape[1]))
 
 
 def _project(
@@ -143,7 +137,7 @@ class _PackedLayer(torch.autograd.Function):
         profiler counts it, but it is no memory until it is written. What was gathered is gathered again.
         """
         output, h_n, c_n, states, workspaces = _forward(as_rows(x), h0, c0, flat, chunks, dtype)
-        output = _shaped(output, x)
+        output = shaped_as(output, x)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, h0, c0, batch_sizes, *flat, output, *itertools.chain.from_iterable(states))
         ctx.workspaces, ctx.chunks = workspaces, chunks

@@ -80,7 +80,7 @@ def _choose_without_avx512(p: Problem) -> tuple[str, str, str]:
 def _chunks_pay(p: Problem, most: int) -> bool:
     """Whether chunks beat a loop over the steps, to which they are an advantage while a step is small and steps many.
 
-    `most` is B (I + P) / T; it held over some 500 shapes, to 1 to 3 % of the best choice for each.
+    `most` is B (I + P) / T; over some 500 shapes it came within 1 to 5 % of the best choice for each.
     """
     fewest, widest = (16, 8) if p.training else (56, 4)
     return fewest <= p.T and widest * p.H >= p.I and p.B * (p.I + (p.P or p.H)) <= most * p.T
@@ -164,7 +164,7 @@ def one_product_pays(rows: int, B: int, I: int, H: int, P: int, dtype: torch.dty
     All weights must stay in its cache, and rows be enough to pay for laying them out.
     """
     size = 4 * H * (I + 1 + P) * accumulation_dtype(dtype).itemsize
-    widest = 2 * B * P if is_widened(dtype) else 4 * P
+    widest = 2 * B * P if is_widened(dtype) else 4 * P  # else the GEMM must be widened, too, a block at a time
     return B >= 4 and widest >= I and size <= 1 << 21 and rows > I + P
 
 

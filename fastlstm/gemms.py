@@ -14,7 +14,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from fastlstm import cpu_rules, tracing
 
-_WIDE_ELEMENTS = 1 << 17  # of float32 rows that are held at once
+_BLOCK_ELEMENTS = 1 << 17  # of float32 rows that are held at once
 
 
 def linear(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -61,5 +61,5 @@ def _blocks(*matrices: Tensor) -> list[tuple[Tensor, ...]]:
     """Cut matrices into the same blocks of rows; for a tracer into one."""
     if tracing.watched(*matrices):
         return [(matrix,) for matrix in matrices]
-    rows = max(128, _WIDE_ELEMENTS // sum(matrix.shape[1] for matrix in matrices))
+    rows = max(128, _BLOCK_ELEMENTS // sum(matrix.shape[1] for matrix in matrices))
     return [matrix.split(rows) for matrix in matrices]

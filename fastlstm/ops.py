@@ -63,9 +63,7 @@ def run_forward(
             run = _recurrence("lstm_forward", backend, c0)
             results = run(gemms.linear(as_rows(x), w_ih, bias), h0, c0, w_hh, w_hr, batch_sizes, save)
     output, h_n, c_n, gates, cells = results
-    if x.dim() > 2:  # what it is of goes out of scope here, so it need not be known as a view
-        output = torch.ops.aten._unsafe_view(output, (*x.shape[:-1], output.shape[1]))
-    return output, h_n, c_n, gates.new_empty(0) if recompute else gates, cells
+    return shaped_as(output, x), h_n, c_n, gates.new_empty(0) if recompute else gates, cells
 
 
 lstm_forward = torch.library.custom_op("fastlstm::lstm_forward", run_forward, mutates_args=())
@@ -192,6 +190,11 @@ def _(data, rows, B, H):
 def as_rows(tensor: Tensor) -> Tensor:
     """Return [N, K] of [N, K] or [T, B, K]; unlike `flatten`, under the older of torch's vmaps too."""
     return tensor if tensor.dim() == 2 else tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
+
+
+def shaped_as(output: Tensor, x: Tensor) -> Tensor:
+    """Return the output rows [N, K] in the form of x, [N, I] or [T, B, I], and no view: nobody has what it is of."""
+    return output if x.dim() == 2 else torch.ops.aten._unsafe_view(output, (*x.shape[:-1], output.shape[1]))
 
 
 def _resolve(backend: str, device: torch.device, dtype: torch.dtype, B: int = 1) -> str:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
-from itertools import pairwise
-from typing import Any
 
 import pytest
 import torch
@@ -373,60 +371,6 @@ def test_any_stride(cut):
     torch.testing.assert_close(run_lstm(layer, x, (h0, c0)), expected)
     with torch.no_grad():
         torch.testing.assert_close(layer(x, (h0, c0))[0].data, expected["output"])
-
-
-@pytest.mark.parametrize("lengths", [LENGTHS, (5,), (64, 1), tuple(range(200, 0, -1))], ids=len)
-@pytest.mark.parametrize("rows_per_cut", [0, 5, 64])
-def test_cuts_cover_all_steps_and_bound_waste_and_size(lengths, rows_per_cut, monkeypatch):
-    batch_sizes = pack_sequence([torch.zeros(n, 1) for n in lengths]).batch_sizes
-    T, I, H = len(batch_sizes), 64, 64  # noqa: E741
-    monkeypatch.setattr(cutting, "_CHUNK_BYTES", 0)
-    most = cutting._most_places(sum(lengths), I, H, torch.float32)
-    cuts = cutting._cut(batch_sizes.tolist(), most, rows_per_cut)
-    assert cuts[0] == (0, len(lengths))
-    assert cuts[-1] == (T, 0)
-    for (start, rows), (end, _) in pairwise(cuts):
-        assert start < end
-        assert rows == batch_sizes[start]
-        places, alive = rows * (end - start), int(batch_sizes[start:end].sum())
-        assert places - alive <= rows_per_cut
-        assert end - start == 1 or places <= sum(lengths) * 6 / 20
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=NEEDS_BFLOAT16)], ids=str)
-@pytest.mark.parametrize("form", ["dense", "batch_first", "unbatched", "packed"])
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"bias": False}, {"num_layers": 2, "bidirectional": True}, {"num_layers": 3, "dropout": 0.5}],
-    ids=["plain", "no bias", "both directions", "dropout"],
-)
-def test_one_step_without_grad_is_a_cell(options, form, dtype):
-    torch.manual_seed(3)
-    stock = torch.nn.LSTM(5, 6, **options, batch_first=form == "batch_first", dtype=dtype)
-    ours = fastlstm.LSTM(5, 6, **options, batch_first=form == "batch_first", dtype=dtype)
-    ours.load_state_dict(stock.state_dict())
-    truth = copy.deepcopy(stock).double()
-    x: Any = torch.randn(
-        {"dense": (1, 4, 5), "batch_first": (4, 1, 5), "unbatched": (1, 5)}.get(form, (4, 5)), dtype=dtype
-    )
-    if form == "packed":
-        x = pack_sequence([row.unsqueeze(0) for row in x])
-    rows = stock.num_layers * (2 if stock.bidirectional else 1)
-    batch = () if form == "unbatched" else (4,)
-    hx: Any = tuple(torch.randn(2, rows, *batch, 6, dtype=dtype))
-
-    def results(network: Any) -> dict[str, torch.Tensor]:
-        torch.manual_seed(4)  # dropout draws the same
-        output, (h_n, c_n) = network(
-            x.to(network.weight_hh_l0.dtype), tuple(state.to(network.weight_hh_l0.dtype) for state in hx)
-        )
-        return {"output": output.data if form == "packed" else output, "h_n": h_n, "c_n": c_n}
-
-    with torch.no_grad():
-        decision = fastlstm.explain(ours, x, hx)
-        assert (decision.backend, decision.regime) == ("torch", "step")
-        assert_close(results(ours), results(truth), results(stock), dtype=dtype)
-    assert fastlstm.explain(ours, x, hx).regime == "stock"
 
 
 def test_one_step_carried_on_is_the_whole_sequence():

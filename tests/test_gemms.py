@@ -29,7 +29,7 @@ def make_products(dtype, rows=N):
 @pytest.fixture(params=[False, True], ids=["as they are", "widened"])
 def widened(request, monkeypatch):
     monkeypatch.setattr(cpu_rules, "is_widened", lambda dtype: dtype.itemsize == 2 and request.param)
-    monkeypatch.setattr(gemms, "_WIDE_ELEMENTS", 300 * (M + K))
+    monkeypatch.setattr(gemms, "_BLOCK_ELEMENTS", 300 * (M + K))
     return request.param
 
 

@@ -1,0 +1,29 @@
+"""Where a packed batch is cut into chunks."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+from torch.nn.utils.rnn import pack_sequence
+
+from fastlstm import cutting
+
+
+@pytest.mark.parametrize("lengths", [(21, 20, 20, 13, 7, 7, 1), (5,), (64, 1), tuple(range(200, 0, -1))], ids=len)
+@pytest.mark.parametrize("rows_per_cut", [0, 5, 64])
+def test_cuts_cover_all_steps_and_bound_waste_and_size(lengths, rows_per_cut, monkeypatch):
+    batch_sizes = pack_sequence([torch.zeros(n, 1) for n in lengths]).batch_sizes
+    T, I, H = len(batch_sizes), 64, 64  # noqa: E741
+    monkeypatch.setattr(cutting, "_CHUNK_BYTES", 0)
+    most = cutting._most_places(sum(lengths), I, H, torch.float32)
+    cuts = cutting._cut(batch_sizes.tolist(), most, rows_per_cut)
+    assert cuts[0] == (0, len(lengths))
+    assert cuts[-1] == (T, 0)
+    for (start, rows), (end, _) in pairwise(cuts):
+        assert start < end
+        assert rows == batch_sizes[start]
+        places, alive = rows * (end - start), int(batch_sizes[start:end].sum())
+        assert places - alive <= rows_per_cut
+        assert end - start == 1 or places <= sum(lengths) * 6 / 20
