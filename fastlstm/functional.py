@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fastlstm import autocast, autograd, checks, cpu, cpu_rules, dispatch, ops, stock, tracing, tuning
 from fastlstm.checks import Network, States
-from fastlstm.problem import Device, Problem, allows_tf32, device_of
+from fastlstm.problem import Device, Problem, allows_tf32, cpu_device, device_of
 from fastlstm.weights import directions
 
 
@@ -163,12 +163,13 @@ def prepare(
         if T == 0:
             raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
 
+    compiling = torch.compiler.is_compiling()
     if hx is None:
-        states = _zero_states(network, data, B)
+        states = _zero_states(network, data, B, compiling)
     else:
         checks.check_states(network, hx, B, data)
         states = permute(hx, order)
-    return data, batch_sizes, states, _decide(network, weights, data, states, T, B, runs)
+    return data, batch_sizes, states, _decide(network, weights, data, states, T, B, runs, compiling)
 
 
 def _rows_and_runs(batch_sizes: Tensor, order: Tensor | None, hx: States | None) -> tuple[int, int]:
@@ -192,19 +193,18 @@ def permute(hx: States, order: Tensor | None) -> States:
     return hx[0].index_select(1, order), hx[1].index_select(1, order)
 
 
-def _zero_states(network: Network, data: Tensor, B: int) -> States:
+def _zero_states(network: Network, data: Tensor, B: int, compiling: bool) -> States:
     rows = network.num_layers * (2 if network.bidirectional else 1)
-    compiling = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
-
-    def zeros(width: int) -> Tensor:
-        return ops.zero_states(data.detach(), rows, B, width) if compiling else data.new_zeros((rows, B, width))
-
-    c0 = zeros(network.hidden_size)
-    return (zeros(network.proj_size) if network.proj_size else c0), c0
+    as_op = compiling and not torch.compiler.is_exporting()
+    zeros = [
+        ops.zero_states(data.detach(), rows, B, width) if as_op else data.new_zeros((rows, B, width))
+        for width in ((network.proj_size, network.hidden_size) if network.proj_size else (network.hidden_size,))
+    ]
+    return zeros[0], zeros[-1]
 
 
 def _decide(
-    network: Network, weights: list[Tensor], data: Tensor, states: States, T: int, B: int, runs: int
+    network: Network, weights: list[Tensor], data: Tensor, states: States, T: int, B: int, runs: int, compiling: bool
 ) -> dispatch.Decision:
     """Ask dispatch who runs this call."""
     training = torch.is_grad_enabled() and (
@@ -213,7 +213,6 @@ def _decide(
     D = 2 if network.bidirectional else 1
     sizes = (T, B, network.input_size, network.hidden_size, network.proj_size, network.num_layers, D)
     backend = network.backend
-    compiling = torch.compiler.is_compiling()
     if compiling or (backend == "auto" and tracing.transformed()):
         problem = Problem(*sizes, data.dtype, training, runs)
         device = Device(data.device.type, data.device.type)
@@ -233,7 +232,7 @@ def _decide(
     tf32 = data.is_cuda and (dtype or data.dtype) == torch.float32 and allows_tf32()
     apart = bool((network.dropout and network.training) or (network.recompute and training))
     problem = (*sizes, dtype or data.dtype, training, runs, tf32, apart)
-    device = device_of(data.device)
+    device = cpu_device() if data.is_cpu else device_of(data.device)  # to ask for data.device costs a small step 1 %
     times: dispatch.Times = ()
     if override == "auto" and device.kind != "cpu":
         times = tuning.times(Problem(*problem), device, data.device, trial)

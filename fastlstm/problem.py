@@ -81,7 +81,7 @@ def device_of(device: torch.device) -> Device:
         'cpu'
     """
     if device.type == "cpu":
-        return _cpu()
+        return cpu_device()
     if device.type != "cuda":
         return Device(device.type, device.type)
     index = torch.cuda.current_device() if device.index is None else device.index
@@ -123,7 +123,8 @@ def cpu_capability() -> str:
 
 
 @functools.cache
-def _cpu() -> Device:
+def cpu_device() -> Device:
+    """Return the limits of this machine's processor."""
     if torch.backends.cpu.get_cpu_capability() == "AVX2":
         return Device("cpu", "avx2", "CPU")
     if not torch.backends.mkl.is_available() or "GenuineIntel" not in _cpu_names():
