@@ -4,11 +4,13 @@ Stock's own op runs a dense batch in one call of oneDNN a layer, in float32 and,
 anything else it runs step by step, in training with a graph of every step. Beside it stand oneDNN's layer called for
 chunks of steps (`cpu.py`), and plain torch's loop over the steps, its backward written by hand (`reference.py`). Which
 is fastest depends on the size of a step, the number of steps and the processor. The bounds below come from scans of
-150 to 600 random shapes a processor, each route timed in turn, and are those with the least loss to the best route of
+150 to 1100 random shapes a processor, each route timed in turn, and are those with the least loss to the best route of
 each shape that so few words can say.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 
@@ -30,7 +32,7 @@ def choose(p: Problem, target: str) -> tuple[str, str, str]:
     if p.B == 0:
         return "torch", "stock", "The batch has no rows."
     if is_widened(p.dtype):
-        return _choose_widened(p)
+        return _choose_widened(p, target)
     if onednn_has(p.dtype):
         # stock, too, sees that a packed batch with one run is dense
         if p.runs <= 1 and not p.P:
@@ -52,17 +54,20 @@ def choose(p: Problem, target: str) -> tuple[str, str, str]:
     return "torch", "stock", f"Since {obstacle}, stock's own loop over the steps is as fast as any."
 
 
-def _choose_widened(p: Problem) -> tuple[str, str, str]:
+def _choose_widened(p: Problem, target: str) -> tuple[str, str, str]:
     """Return (backend, regime, reason) on a CPU for a dtype in 16 bit that oneDNN does not multiply there.
 
     Torch multiplies such numbers one at a time, so float32 pays for all but the smallest calls.
     """
-    fewest, least = (8, 1 << 17) if p.training else (16, 1 << 18)
-    if fewest > p.T * p.B or p.T * _products(p) < least:
-        return "torch", "stock", "The call is over before float32 copies of the weights would pay."
-    if not p.P and onednn_has(torch.float32) and _chunks_pay(p, 8 if p.training else 24):
+    # elsewhere than on "avx2" it was not measured, so as in float32
+    chunks = _chunks_pay(p) if target == "avx2" else not _obstacle_to_chunks(replace(p, dtype=torch.float32), target)
+    dear = p.P and p.H > 64  # W_hh W_hr, which chunks need, in 16 bit
+    if chunks and not dear and onednn_has(torch.float32):
         return "onednn", "chunks", "This processor is slow in this dtype; oneDNN's layer runs in float32, in chunks."
-    return "reference", "loop", "This processor is slow in this dtype; plain torch runs the steps, in float32."
+    fewest, least = (8, 1 << 17) if p.training else (16, 1 << 18)
+    if (p.training and p.T >= 12) or (fewest <= p.T * p.B and least <= p.T * _products(p)):
+        return "reference", "loop", "This processor is slow in this dtype; plain torch runs the steps, in float32."
+    return "torch", "stock", "The call is over before float32 copies of the weights would pay."
 
 
 def _choose_without_avx512(p: Problem) -> tuple[str, str, str]:
@@ -70,20 +75,31 @@ def _choose_without_avx512(p: Problem) -> tuple[str, str, str]:
 
     There oneDNN's layer, too, goes step by step, by a GEMM that is no faster than MKL's.
     """
-    if _chunks_pay(p, 8 if p.P else 32 if p.training else 100):
+    if _chunks_pay(p):
         return "onednn", "chunks", "Stock would go step by step; chunks of steps run as dense oneDNN layers."
-    if p.training and p.T >= 8:
-        return "reference", "loop", "The steps are large, or few; plain torch runs them, its backward written by hand."
+    if p.T >= 8 if p.training else p.T >= 48 and p.B >= 40 and 2 * p.H >= p.I:
+        how = "its backward written by hand" if p.training else "a few ops each"
+        return "reference", "loop", f"The steps are large, or few; plain torch runs them, {how}."
     return "torch", "stock", "The steps are large, or few, so that stock's own loop is as fast as any."
 
 
-def _chunks_pay(p: Problem, most: int) -> bool:
-    """Whether chunks beat a loop over the steps, to which they are an advantage while a step is small and steps many.
+def _chunks_pay(p: Problem) -> bool:
+    """Whether chunks in float32 beat a loop over the steps on a CPU without AVX-512, in 16 bit too.
 
-    `most` is B (I + P) / T; over some 500 shapes it came within 1 to 5 % of the best choice for each.
+    They do so while a step is small and steps are many. Over some 800 shapes this came within 1 to 3 % of the best
+    choice for each.
     """
-    fewest, widest = (16, 8) if p.training else (56, 4)
-    return fewest <= p.T and widest * p.H >= p.I and p.B * (p.I + (p.P or p.H)) <= most * p.T
+    shortest = 12 if p.training else 24 if is_widened(p.dtype) else 44
+    if shortest > p.T or 16 * p.H < p.I:
+        return False
+    # in training they hold the weights and gradients of them twice, in float32: not where that exceeds what steps save
+    rows = (4 if is_widened(p.dtype) else 2) * (p.I + p.H)
+    if p.training and p.H * (rows - p.T * p.B) > 1 << 15:
+        return False
+    if p.training or p.P:
+        most = 64 if not p.P else 16 if p.training else 4
+        return p.B * (p.I + (p.P or p.H)) <= most * p.T
+    return p.T * max(100, p.H) >= 400 * p.B  # where H is large the loop's weights do not fit a cache
 
 
 def _obstacle_to_chunks(p: Problem, target: str) -> str:

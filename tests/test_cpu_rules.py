@@ -77,21 +77,30 @@ def test_auto_on_a_cpu(backend, changes):
     [
         ("torch", {"runs": 0}),
         ("torch", {"T": 7}),
-        ("reference", {"T": 15}),
-        ("reference", {"T": 95}),
-        ("onednn", {"T": 96}),
-        ("reference", {"B": 17}),
-        ("reference", {"T": 255, "P": 64}),
-        ("onednn", {"T": 256, "P": 64}),
-        ("reference", {"T": 400, "I": 176, "H": 16, "B": 8}),
-        ("torch", {"T": 55, "training": False}),
-        ("onednn", {"T": 56, "training": False}),
-        ("torch", {"T": 61, "B": 32, "training": False}),
-        ("onednn", {"T": 62, "B": 32, "training": False}),
-        ("onednn", {"T": 400, "I": 512, "training": False}),
-        ("torch", {"T": 400, "I": 513, "training": False}),
-        ("torch", {"P": 64, "training": False}),
-        ("onednn", {"P": 64, "T": 256, "training": False}),
+        ("reference", {"T": 8}),
+        ("reference", {"T": 47}),
+        ("onednn", {"T": 48}),
+        ("reference", {"T": 11, "B": 1}),
+        ("onednn", {"T": 12, "B": 2, "H": 64}),
+        ("reference", {"T": 127, "P": 64}),
+        ("onednn", {"T": 128, "P": 64}),
+        ("reference", {"B": 8, "I": 256, "H": 256}),
+        ("onednn", {"B": 10, "I": 256, "H": 256}),
+        ("onednn", {"T": 400, "I": 256, "H": 16, "B": 8}),
+        ("reference", {"T": 400, "I": 257, "H": 16, "B": 8}),
+        ("torch", {"T": 43, "B": 2, "training": False}),
+        ("onednn", {"T": 44, "B": 2, "training": False}),
+        ("torch", {"T": 49, "training": False}),
+        ("onednn", {"T": 50, "training": False}),
+        ("onednn", {"T": 50, "B": 32, "H": 256, "training": False}),
+        ("torch", {"T": 50, "B": 33, "H": 256, "training": False}),
+        ("torch", {"T": 99, "B": 39, "training": False}),
+        ("reference", {"T": 99, "B": 40, "training": False}),
+        ("reference", {"T": 48, "B": 40, "training": False}),
+        ("torch", {"T": 47, "B": 40, "training": False}),
+        ("torch", {"B": 40, "I": 257, "training": False}),
+        ("onednn", {"T": 512, "P": 64, "training": False}),
+        ("torch", {"T": 511, "P": 64, "training": False}),
         ("torch", {"dtype": torch.float64, "T": 11}),
         ("reference", {"dtype": torch.float64, "T": 12}),
         ("torch", {"dtype": torch.float64, "training": False}),
@@ -103,35 +112,57 @@ def test_auto_without_avx512(backend, changes):
     assert decide_with("avx2", changes) == backend
 
 
-@pytest.mark.parametrize("target", ["avx2", "cpu", "intel", "amx"])
 @pytest.mark.parametrize(
     ("backend", "changes"),
     [
-        ("reference", {}),
-        ("reference", {"runs": 0}),
-        ("reference", {"T": 383}),
-        ("onednn", {"T": 384}),
-        ("onednn", {"T": 384, "runs": 0}),
-        ("reference", {"T": 384, "P": 64}),
+        ("onednn", {"T": 48}),
+        ("onednn", {"T": 48, "runs": 0}),
+        ("reference", {"T": 47}),
+        ("reference", {"B": 4}),
+        ("onednn", {"B": 6}),
+        ("onednn", {"H": 64, "P": 32}),
+        ("reference", {"H": 65, "P": 32}),
+        ("torch", {"B": 1, "I": 16, "H": 16, "T": 11}),
+        ("onednn", {"B": 1, "I": 16, "H": 16, "T": 12}),
         ("torch", {"B": 1, "T": 7}),
         ("reference", {"B": 1, "T": 8}),
-        ("torch", {"I": 16, "H": 16, "T": 15}),
-        ("reference", {"I": 16, "H": 16, "T": 16}),
+        ("torch", {"I": 16, "H": 16, "T": 11}),
+        ("reference", {"I": 16, "H": 16, "T": 12, "B": 64}),
+        ("reference", {"T": 49, "training": False}),
+        ("onednn", {"T": 50, "training": False}),
         ("torch", {"B": 1, "T": 15, "training": False}),
         ("reference", {"B": 1, "T": 16, "training": False}),
+        ("reference", {"B": 1, "T": 23, "training": False}),
+        ("onednn", {"B": 1, "T": 24, "training": False}),
         ("torch", {"I": 16, "H": 16, "T": 31, "training": False}),
         ("reference", {"I": 16, "H": 16, "T": 32, "training": False}),
-        ("reference", {"T": 127, "training": False}),
-        ("onednn", {"T": 128, "training": False}),
-        ("reference", {"B": 1, "T": 55, "training": False}),
-        ("onednn", {"B": 1, "T": 56, "training": False}),
     ],
     ids=str,
 )
-def test_auto_where_16_bit_is_not_multiplied(backend, changes, target, multiplies):
-    assert decide_with(target, {**FP16, **changes}) == backend
+def test_auto_where_16_bit_is_not_multiplied(backend, changes, multiplies):
+    assert decide_with("avx2", {**FP16, **changes}) == backend
     multiplies(torch.float16)
-    assert decide_with(target, {**BF16, **changes}) == backend
+    assert decide_with("avx2", {**BF16, **changes}) == backend
+
+
+@pytest.mark.parametrize(
+    ("backend", "target", "changes"),
+    [
+        ("onednn", "cpu", {}),
+        ("onednn", "cpu", {"runs": 0}),
+        ("reference", "cpu", {"P": 64}),
+        ("onednn", "cpu", {"H": 64, "P": 32}),
+        ("reference", "cpu", {"T": 11}),
+        ("torch", "cpu", {"T": 2, "B": 1}),
+        ("reference", "intel", {}),
+        ("onednn", "intel", {"B": 5}),
+        ("reference", "amx", {}),
+    ],
+    ids=str,
+)
+@pytest.mark.usefixtures("multiplies")
+def test_auto_in_float16_with_avx512(backend, target, changes):
+    assert decide_with(target, {**FP16, **changes}) == backend
 
 
 @pytest.mark.parametrize("target", ["cpu", "amx"])
@@ -233,7 +264,7 @@ def test_the_maker_of_the_processor(text, target, amx, monkeypatch):
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
     for capability, found in (("AVX2", "avx2"), ("AVX512", target)):
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)
-        assert problem_module._cpu.__wrapped__().target == found
+        assert problem_module.cpu_device.__wrapped__().target == found
 
 
 def test_where_the_makers_name_stands(monkeypatch):
