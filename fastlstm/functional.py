@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fastlstm import autocast, autograd, checks, cpu, cpu_rules, dispatch, ops, stock, tracing, tuning
 from fastlstm.checks import Network, States
-from fastlstm.problem import Device, Problem, allows_tf32, cpu_device, device_of
+from fastlstm.problem import Device, Problem, allows_tf32, device_of
 from fastlstm.weights import directions
 
 
@@ -224,7 +224,7 @@ def _decide(
         return dispatch.Decision(chosen, "compiled", "torch.compile is tracing.", problem, device)
     if network.recompute and training and backend == "auto":
         problem = Problem(*sizes, data.dtype, training, runs)
-        device = device_of(data.device)
+        device = device_of(data)
         decision = dispatch.decide(problem, device, dispatch.decide_layer(problem, device))
         return replace(decision, reason="It can recompute its gates, which stock's op cannot.")
     override = dispatch.override() if backend == "auto" else ""
@@ -232,11 +232,11 @@ def _decide(
     tf32 = data.is_cuda and (dtype or data.dtype) == torch.float32 and allows_tf32()
     apart = bool((network.dropout and network.training) or (network.recompute and training))
     problem = (*sizes, dtype or data.dtype, training, runs, tf32, apart)
-    device = cpu_device() if data.is_cpu else device_of(data.device)  # to ask for data.device costs a small step 1 %
+    device = device_of(data)
     times: dispatch.Times = ()
     if override == "auto" and device.kind != "cpu":
         times = tuning.times(Problem(*problem), device, data.device, trial)
-        device = device_of(data.device)  # a trial may have found that it has fewer processors for us
+        device = device_of(data)  # a trial may have found that it has fewer processors for us
     onednn = torch._C._get_mkldnn_enabled()
     decision = _decision(backend, override, dtype is not None, onednn, device, times, *problem)
     if decision.backend == "onednn" and tracing.watched(data):

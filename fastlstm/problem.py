@@ -10,6 +10,7 @@ import warnings
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -73,15 +74,19 @@ def allows_tf32() -> bool:
     return torch.backends.cudnn.rnn.fp32_precision == "tf32"  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def device_of(device: torch.device) -> Device:
-    """Return the limits of a torch device; a GPU's are asked of its driver once.
+def device_of(device: torch.device | Tensor) -> Device:
+    """Return the limits of a torch device, or of that of a tensor; a GPU's are asked of its driver once.
 
     Example:
         >>> device_of(torch.device("cpu")).kind
         'cpu'
     """
+    if isinstance(device, Tensor):
+        if device.is_cpu:  # sooner asked than its device: 1 % of the smallest training step
+            return _cpu()
+        device = device.device
     if device.type == "cpu":
-        return cpu_device()
+        return _cpu()
     if device.type != "cuda":
         return Device(device.type, device.type)
     index = torch.cuda.current_device() if device.index is None else device.index
@@ -123,8 +128,7 @@ def cpu_capability() -> str:
 
 
 @functools.cache
-def cpu_device() -> Device:
-    """Return the limits of this machine's processor."""
+def _cpu() -> Device:
     if torch.backends.cpu.get_cpu_capability() == "AVX2":
         return Device("cpu", "avx2", "CPU")
     if not torch.backends.mkl.is_available() or "GenuineIntel" not in _cpu_names():

@@ -264,7 +264,7 @@ def test_the_maker_of_the_processor(text, target, amx, monkeypatch):
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
     for capability, found in (("AVX2", "avx2"), ("AVX512", target)):
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)
-        assert problem_module.cpu_device.__wrapped__().target == found
+        assert problem_module._cpu.__wrapped__().target == found
 
 
 def test_where_the_makers_name_stands(monkeypatch):

@@ -190,7 +190,9 @@ def test_values_are_immutable_and_hashable():
 def test_device_of():
     assert CPU.kind == "cpu"
     assert CPU.target in ("avx2", "cpu", "intel", "amx")
-    assert device_of(torch.device("meta")) == Device("meta", "meta")
+    assert device_of(torch.zeros(1)) == CPU
+    for on in (torch.device("meta"), torch.zeros(1, device="meta")):
+        assert device_of(on) == Device("meta", "meta")
     assert BACKENDS[0] == "auto"
 
 
