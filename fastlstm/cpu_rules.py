@@ -96,9 +96,10 @@ def _chunks_pay(p: Problem) -> bool:
     rows = (4 if is_widened(p.dtype) else 2) * (p.I + p.H)
     if p.training and p.H * (rows - p.T * p.B) > 1 << 15:
         return False
-    if p.training or p.P:
-        most = 64 if not p.P else 16 if p.training else 4
-        return p.B * (p.I + (p.P or p.H)) <= most * p.T
+    if p.P:
+        return (16 if p.training else 4) * p.T >= p.B * (p.I + p.P)
+    if p.training:
+        return _products(p) <= p.T << 10 if is_widened(p.dtype) else p.B * (p.I + p.H) <= p.T << 6
     return p.T * max(100, p.H) >= 400 * p.B  # where H is large the loop's weights do not fit a cache
 
 

@@ -115,11 +115,11 @@ def test_auto_without_avx512(backend, changes):
 @pytest.mark.parametrize(
     ("backend", "changes"),
     [
-        ("onednn", {"T": 48}),
-        ("onednn", {"T": 48, "runs": 0}),
-        ("reference", {"T": 47}),
-        ("reference", {"B": 4}),
-        ("onednn", {"B": 6}),
+        ("reference", {"T": 383}),
+        ("onednn", {"T": 384}),
+        ("onednn", {"T": 384, "runs": 0}),
+        ("reference", {"T": 127, "B": 4}),
+        ("onednn", {"T": 128, "B": 4}),
         ("onednn", {"H": 64, "P": 32}),
         ("reference", {"H": 65, "P": 32}),
         ("torch", {"B": 1, "I": 16, "H": 16, "T": 11}),
