@@ -371,13 +371,3 @@ def test_any_stride(cut):
     torch.testing.assert_close(run_lstm(layer, x, (h0, c0)), expected)
     with torch.no_grad():
         torch.testing.assert_close(layer(x, (h0, c0))[0].data, expected["output"])
-
-
-def test_one_step_carried_on_is_the_whole_sequence():
-    lstm, x = fastlstm.LSTM(5, 6, num_layers=2), torch.randn(7, 2, 5)
-    states, outputs = None, []
-    with torch.no_grad():
-        for x_t in x.split(1):
-            output, states = lstm(x_t, states)
-            outputs.append(output)
-        torch.testing.assert_close(torch.cat(outputs), lstm(x)[0])

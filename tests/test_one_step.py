@@ -51,3 +51,13 @@ def test_one_step_without_grad_is_a_cell(options, form, dtype):
         assert (decision.backend, decision.regime) == ("torch", "step")
         assert_close(results(ours), results(truth), results(stock), dtype=dtype)
     assert fastlstm.explain(ours, x, hx).regime == "stock"
+
+
+def test_one_step_carried_on_is_the_whole_sequence():
+    lstm, x = fastlstm.LSTM(5, 6, num_layers=2), torch.randn(7, 2, 5)
+    states, outputs = None, []
+    with torch.no_grad():
+        for x_t in x.split(1):
+            output, states = lstm(x_t, states)
+            outputs.append(output)
+        torch.testing.assert_close(torch.cat(outputs), lstm(x)[0])
