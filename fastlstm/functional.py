@@ -196,11 +196,12 @@ def permute(hx: States, order: Tensor | None) -> States:
 def _zero_states(network: Network, data: Tensor, B: int, compiling: bool) -> States:
     rows = network.num_layers * (2 if network.bidirectional else 1)
     as_op = compiling and not torch.compiler.is_exporting()
-    zeros = [
-        ops.zero_states(data.detach(), rows, B, width) if as_op else data.new_zeros((rows, B, width))
-        for width in ((network.proj_size, network.hidden_size) if network.proj_size else (network.hidden_size,))
-    ]
-    return zeros[0], zeros[-1]
+
+    def zeros(width: int) -> Tensor:
+        return ops.zero_states(data.detach(), rows, B, width) if as_op else data.new_zeros((rows, B, width))
+
+    c0 = zeros(network.hidden_size)
+    return (zeros(network.proj_size) if network.proj_size else c0), c0
 
 
 def _decide(
