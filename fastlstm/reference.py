@@ -75,6 +75,8 @@ def lstm_forward(
     output = gates_x.new_empty(len(gates_x), D * P)
     cells = gates_x.new_empty((len(gates_x), D * H) if save else 0, dtype=dtype)
     h_n, c_n = (state.to(dtype, copy=True, memory_format=torch.contiguous_format) for state in (h0, c0))
+    most_rows = max(rows.stop - rows.start for _, rows in blocks) if narrow else 0
+    wide_gates, wide_hidden = (gates_x.new_empty(most_rows, width, dtype=dtype) for width in (4 * H, P))
 
     for d in range(D):
         w_hh_t = _transposed(w_hh[d].to(dtype))
@@ -83,8 +85,9 @@ def lstm_forward(
         for steps, rows in reversed(blocks) if d else blocks:
             gates_x_rows = gates_x[rows, d * 4 * H : (d + 1) * 4 * H]
             output_rows = output[rows, d * P : (d + 1) * P]
-            gates = gates_x_rows.to(dtype)
-            hidden = torch.empty_like(output_rows, dtype=dtype) if narrow else output_rows
+            gates, hidden = gates_x_rows, output_rows
+            if narrow:
+                gates, hidden = wide_gates[: len(gates)].copy_(gates), wide_hidden[: len(gates)]
             # views of each step, all made at once: in the loop they would cost as much as the arithmetic
             views = _views((gates, gates[:, : 2 * H], *gates.chunk(4, 1), hidden), sizes[steps])
             cells_steps = cells[rows, d * H : (d + 1) * H].split(sizes[steps]) if save else ()
