@@ -239,7 +239,8 @@ def _decide(
         times = tuning.times(Problem(*problem), device, data.device, trial)
         device = device_of(data)  # a trial may have found that it has fewer processors for us
     onednn = torch._C._get_mkldnn_enabled()
-    decision = _decision(backend, override, dtype is not None, onednn, device, times, *problem)
+    lowered = "" if dtype is None else "graph" if torch.is_grad_enabled() else "no graph"
+    decision = _decision(backend, override, lowered, onednn, device, times, *problem)
     if decision.backend == "onednn" and tracing.watched(data):
         return replace(decision, backend="reference", regime="loop", reason="A tracer or a mode should see one op.")
     return decision
@@ -249,20 +250,23 @@ def _decide(
 def _decision(
     backend: str,
     override: str,
-    lowered: bool,
+    lowered: str,
     onednn: bool,
     device: Device,
     times: dispatch.Times,
     *problem: Any,
 ) -> dispatch.Decision:
-    """Decide once for each kind of call; `override` (empty but for "auto") and `onednn` are read again underneath."""
+    """Decide once for each kind of call; `override` (empty but for "auto") and `onednn` are read again underneath.
+
+    `lowered` tells whether autocast is on, and if so whether stock's op would keep a graph.
+    """
     decision = dispatch.decide(Problem(*problem), device, backend, times)
     p = decision.problem
-    on_cpu = lowered and device.kind == "cpu" and override == "auto"
+    on_cpu = bool(lowered) and device.kind == "cpu" and override == "auto"
     if on_cpu and decision.regime == "step":  # the cell is another op to autocast
         return replace(decision, regime="stock", reason="Stock's own op runs under autocast.")
     dense = p.runs <= 1 and not p.P  # as stock sees it
-    if on_cpu and decision.backend == "torch" and dense and not cpu_rules.onednn_has(p.dtype):
+    if on_cpu and decision.backend == "torch" and dense and not cpu_rules.onednn_has(p.dtype, lowered == "graph"):
         reason = "Under autocast stock asks oneDNN for a kernel that it does not have in this dtype here."
         return replace(decision, backend="reference", regime="loop", reason=reason)
     return decision

@@ -55,7 +55,8 @@ def run_forward(
     else:
         (w_ih, w_hh, w_hr), bias = by_kind(flat), biases(flat)
         (N, I), (_, B, P) = as_rows(x).shape, h0.shape  # noqa: E741
-        pays = x.device.type == "cpu" and cpu_rules.one_product_pays(N, B, I, c0.shape[2], P, x.dtype)
+        sizes = N, B, I, c0.shape[2], P
+        pays = x.is_cpu and cpu_rules.one_product_pays(device_of(x).target, *sizes, x.dtype)
         kernels = _resolve(backend, c0.device, c0.dtype, B).startswith("triton")
         if pays and not (save or recompute or kernels):
             results = reference.lstm_infer(as_rows(x), h0, c0, w_ih, bias, w_hh, w_hr, batch_sizes)

@@ -155,9 +155,10 @@ def test_auto_where_16_bit_is_not_multiplied(backend, changes, multiplies):
         ("reference", "cpu", {"T": 11}),
         ("torch", "cpu", {"T": 2, "B": 1}),
         ("reference", "intel", {}),
-        ("onednn", "intel", {"B": 5}),
-        ("onednn", "intel", {"T": 600, "B": 32, "I": 257, "training": False}),  # the loop is no choice in float32
-        ("reference", "amx", {}),
+        ("reference", "intel", {"T": 383}),
+        ("onednn", "intel", {"T": 384}),
+        ("onednn", "intel", {"T": 384, "runs": 0, "training": False}),
+        ("onednn", "amx", {"T": 384}),
     ],
     ids=str,
 )
@@ -166,51 +167,93 @@ def test_auto_in_float16_with_avx512(backend, target, changes):
     assert decide_with(target, {**FP16, **changes}) == backend
 
 
-@pytest.mark.parametrize("target", ["cpu", "amx"])
-def test_auto_where_float16_is_multiplied(target, multiplies):
+@pytest.mark.parametrize(
+    ("backend", "target", "changes"),
+    [
+        ("onednn", "cpu", {}),
+        ("torch", "cpu", {"runs": 0}),  # stock has oneDNN's layer for it
+        ("torch", "intel", {"runs": 0, "T": 1, "B": 1}),
+        ("onednn", "cpu", {"runs": 0, "training": True}),
+        ("onednn", "cpu", {"H": 65, "P": 32}),  # a product in 16 bit is no burden
+        ("reference", "cpu", {"T": 23, "B": 8}),
+        ("torch", "cpu", {"T": 23, "B": 7}),
+        ("reference", "intel", {"T": 383}),
+        ("onednn", "intel", {"T": 384}),
+        ("reference", "intel", {"T": 12, "B": 2}),
+        ("torch", "intel", {"T": 11, "B": 2}),
+        ("onednn", "amx", {"T": 384}),
+    ],
+    ids=str,
+)
+def test_auto_where_float16_is_multiplied(backend, target, changes, multiplies):
     multiplies(torch.bfloat16, torch.float16)
-    assert decide_with(target, {**FP16, "training": False}) == "reference"
-    assert decide_with(target, {**FP16, "training": False, "B": 1}) == "torch"
+    assert decide_with(target, {**FP16, "training": False, **changes}) == backend
+
+
+INFER = {"training": False}
+INFER_BF16 = {**BF16, **INFER}
 
 
 @pytest.mark.parametrize(
     ("backend", "changes"),
     [
-        ("reference", {}),
-        ("torch", {"training": False, "T": 71}),
-        ("reference", {"training": False, "T": 72}),
-        ("reference", {"training": False, "T": 191}),
-        ("onednn", {"training": False, "T": 192}),
-        ("onednn", {"training": False, "T": 107, "I": 192, "B": 8}),
-        ("reference", {"training": False, "T": 108, "I": 192, "B": 8}),
-        ("torch", {"training": False, "T": 59, "I": 192}),
-        ("reference", {"training": False, "T": 60, "I": 192}),
-        ("onednn", {"training": False, "T": 100, "B": 12, "I": 128, "H": 256}),
-        ("reference", {"training": False, "T": 100, "B": 13, "I": 128, "H": 256}),
-        ("torch", {"training": False, "T": 79, "B": 2}),
-        ("onednn", {"training": False, "T": 80, "B": 2}),
-        ("torch", {"training": False, "T": 31, "B": 32}),
-        ("reference", {"training": False, "T": 32, "B": 32}),
-        ("torch", {"training": False, "B": 32, "I": 257}),
-        ("torch", {"training": False, "T": 23, "P": 64}),
-        ("reference", {"training": False, "T": 24, "P": 64}),
-        ("onednn", {"training": False, "B": 4, "P": 64}),
-        ("torch", {"training": False, "T": 15, "dtype": torch.bfloat16}),
-        ("reference", {"training": False, "T": 16, "dtype": torch.bfloat16}),
-        ("onednn", {"training": False, "T": 16, "B": 4, "dtype": torch.bfloat16}),
-        ("reference", {"training": False, "T": 72, "B": 4, "dtype": torch.float64}),
-        ("torch", {"training": False, "T": 71, "dtype": torch.float64}),
-        ("torch", {"training": False, "B": 3, "dtype": torch.float64}),
-        ("torch", {"training": False, "I": 129, "dtype": torch.float64}),
-        ("torch", {"training": False, "T": 71, "P": 64, "dtype": torch.float64}),
-        ("reference", {"dtype": torch.bfloat16}),
-        ("reference", {"P": 16, "dtype": torch.bfloat16}),
-        ("reference", {"T": 8}),
-        ("torch", {"T": 7}),
-        ("onednn", {"B": 5}),
-        ("onednn", {"B": 5, "T": 12}),
-        ("reference", {"B": 5, "T": 11}),
         ("torch", {"runs": 0}),
+        ("reference", {"T": 191}),
+        ("onednn", {"T": 192}),
+        ("torch", {"T": 7}),
+        ("reference", {"T": 8}),
+        ("torch", {"T": 7, "B": 1, "H": 64}),
+        ("onednn", {"T": 8, "B": 1, "H": 64}),
+        ("reference", {"T": 639, "B": 2, "H": 256}),  # its weights would be copied for too few rows
+        ("onednn", {"T": 640, "B": 2, "H": 256}),
+        ("reference", {"T": 341, "P": 64}),
+        ("onednn", {"T": 342, "P": 64}),
+        ("onednn", {"T": 342, "P": 64, "runs": 0}),
+        ("onednn", {**BF16, "B": 5}),
+        ("reference", {**BF16, "B": 6}),
+        ("torch", {**BF16, "T": 7, "B": 5}),
+        ("onednn", {**BF16, "T": 8, "B": 5}),
+        ("reference", {**BF16, "T": 1599, "B": 1, "H": 256}),
+        ("onednn", {**BF16, "T": 1600, "B": 1, "H": 256}),
+        ("reference", {**BF16, "T": 85, "B": 2, "P": 64}),
+        ("onednn", {**BF16, "T": 86, "B": 2, "P": 64}),
+        ("reference", {**INFER, "T": 39, "B": 20, "I": 32}),
+        ("onednn", {**INFER, "T": 40, "B": 20, "I": 32}),
+        ("onednn", {**INFER, "B": 66}),
+        ("reference", {**INFER, "B": 67}),
+        ("onednn", {**INFER, "I": 150}),
+        ("reference", {**INFER, "I": 151}),
+        ("reference", {**INFER, "I": 384}),
+        ("torch", {**INFER, "I": 385}),
+        ("torch", {**INFER, "T": 159, "B": 2, "H": 256}),  # its weights would be copied for too few rows
+        ("onednn", {**INFER, "T": 160, "B": 2, "H": 256}),
+        ("torch", {**INFER, "T": 32, "B": 23}),
+        ("reference", {**INFER, "T": 32, "B": 24}),
+        ("torch", {**INFER, "T": 32, "B": 39, "H": 52}),
+        ("reference", {**INFER, "T": 32, "B": 40, "H": 52}),
+        ("reference", {**INFER, "T": 341, "P": 64}),
+        ("onednn", {**INFER, "T": 342, "P": 64}),
+        ("torch", {**INFER, "T": 39, "B": 1, "P": 64}),
+        ("onednn", {**INFER, "T": 40, "B": 1, "P": 64}),
+        ("reference", {**INFER_BF16, "T": 191}),
+        ("onednn", {**INFER_BF16, "T": 192}),
+        ("reference", {**INFER_BF16, "T": 29, "B": 2, "I": 400, "H": 256}),
+        ("onednn", {**INFER_BF16, "T": 30, "B": 2, "I": 400, "H": 256}),
+        ("reference", {**INFER_BF16, "T": 15, "B": 2}),
+        ("onednn", {**INFER_BF16, "T": 16, "B": 2}),
+        ("torch", {**INFER_BF16, "T": 11, "B": 2}),
+        ("reference", {**INFER_BF16, "T": 12, "B": 2}),
+        ("reference", {**INFER_BF16, "T": 39, "B": 1, "H": 64, "P": 32}),
+        ("onednn", {**INFER_BF16, "T": 40, "B": 1, "H": 64, "P": 32}),
+        ("reference", {**INFER_BF16, "T": 23, "H": 363}),
+        ("onednn", {**INFER_BF16, "T": 24, "H": 363}),
+        ("reference", {**INFER_BF16, "T": 24, "H": 362}),
+        ("reference", {**INFER_BF16, "T": 24, "H": 363, "I": 182}),
+        ("torch", {**INFER, "T": 47, "dtype": torch.float64}),
+        ("reference", {**INFER, "T": 48, "dtype": torch.float64}),
+        ("reference", {**INFER, "T": 48, "P": 64, "dtype": torch.float64}),
+        ("torch", {**INFER, "I": 385, "dtype": torch.float64}),
+        ("torch", {**INFER, "dtype": torch.complex64}),
     ],
     ids=str,
 )
@@ -252,6 +295,33 @@ ODD = {**BF16, "runs": 0, "I": 39, "training": False}
 @pytest.mark.usefixtures("multiplies")
 def test_auto_with_amx(backend, changes):
     assert decide_with("amx", changes) == backend
+
+
+@pytest.mark.parametrize(
+    ("pays", "target", "sizes", "dtype"),  # rows, B, I, H, P
+    [
+        (True, "intel", (1, 1, 64, 64, 192), torch.float32),
+        (False, "intel", (1, 1, 65, 64, 192), torch.float32),
+        (True, "intel", (704, 2, 192, 512, 512), torch.float32),
+        (False, "intel", (703, 2, 192, 512, 512), torch.float32),
+        (True, "intel", (9999, 16, 192, 128, 128), torch.float64),
+        (False, "intel", (9999, 16, 193, 128, 128), torch.float64),
+        (True, "intel", (9999, 16, 1024, 128, 128), torch.bfloat16),
+        (True, "amx", (704, 2, 192, 512, 512), torch.float32),
+        (False, "amx", (704, 2, 192, 512, 512), torch.bfloat16),
+        (True, "amx", (193, 4, 64, 128, 128), torch.bfloat16),
+        (False, "amx", (192, 4, 64, 128, 128), torch.bfloat16),
+        (False, "cpu", (193, 3, 64, 128, 128), torch.float32),
+        (True, "cpu", (9999, 16, 512, 128, 128), torch.float32),
+        (False, "cpu", (9999, 16, 513, 128, 128), torch.float32),
+        (True, "avx2", (9999, 16, 128, 256, 256), torch.float32),
+        (False, "avx2", (9999, 16, 256, 256, 256), torch.float32),  # its weights would leave the cache
+    ],
+    ids=str,
+)
+@pytest.mark.usefixtures("multiplies")
+def test_one_product(pays, target, sizes, dtype):
+    assert cpu_rules.one_product_pays(target, *sizes, dtype=dtype) == pays
 
 
 @pytest.mark.parametrize("amx", [False, True])
