@@ -27,3 +27,20 @@ def test_cuts_cover_all_steps_and_bound_waste_and_size(lengths, rows_per_cut, mo
         places, alive = rows * (end - start), int(batch_sizes[start:end].sum())
         assert places - alive <= rows_per_cut
         assert end - start == 1 or places <= sum(lengths) * 6 / 20
+
+
+@pytest.mark.parametrize("lengths", [(4, 4, 2, 1), (3,), (2, 2, 2), (5, 1, 1)], ids=str)
+def test_the_last_row_of_each(lengths):
+    packed = pack_sequence(
+        [torch.full((n, 1), float(b)) + torch.arange(n).view(-1, 1) / 8 for b, n in enumerate(lengths)]
+    )
+    last = packed.data[cutting.last_rows(packed.batch_sizes.tolist()), 0]
+    assert last.tolist() == [b + (n - 1) / 8 for b, n in enumerate(lengths)]
+
+
+def test_a_chunk_is_longer_without_a_graph():
+    """Two layers of 128 units on 16 lines of 25 to 100 steps: what training would cut stays whole."""
+    sizes = [16] * 35 + [10] * 38 + [3] * 27
+    for I in (64, 128):  # noqa: E741
+        trained, inferred = (cutting.choose_cuts(sizes, I, 128, torch.float32, training) for training in (True, False))
+        assert len(trained) > len(inferred) == 4
