@@ -4,13 +4,11 @@ Stock's own op runs a dense batch in one call of oneDNN a layer, in float32 and,
 anything else it runs step by step, in training with a graph of every step. Beside it stand oneDNN's layer called for
 chunks of steps (`cpu.py`), and plain torch's loop over the steps, its backward written by hand (`reference.py`). Which
 is fastest depends on the size of a step, the number of steps and the processor. The bounds below come from scans of
-150 to 1100 random shapes a processor, each route timed in turn, and are those with the least loss to the best route of
+150 to 5000 random shapes a processor, each route timed in turn, and are those with the least loss to the best route of
 each shape that so few words can say.
 """
 
 from __future__ import annotations
-
-from dataclasses import replace
 
 import torch
 
@@ -60,10 +58,8 @@ def _choose_without_layer(p: Problem, target: str) -> tuple[str, str, str]:
     calls.
     """
     widened = is_widened(p.dtype)
-    # elsewhere it was not measured, so as in float32
-    chunks = _chunks_pay(p if target in ("avx2", "intel") else replace(p, dtype=torch.float32), target)
     dear = widened and p.P and p.H > 64  # W_hh W_hr, which chunks need
-    if chunks and not dear and onednn_has(torch.float32):
+    if onednn_has(torch.float32) and not dear and _chunks_pay(p, target):
         return "onednn", "chunks", "This processor is slow in this dtype; oneDNN's layer runs in float32, in chunks."
     fewest, least = (8, 1 << 17) if p.training else (16, 1 << 18)
     enough = (p.training and p.T >= 12) or (fewest <= p.T * p.B and least <= p.T * _products(p))
@@ -105,7 +101,7 @@ def _chunks_pay_without_avx512(p: Problem) -> bool:
 def _chunks_pay_on_intel(p: Problem) -> bool:
     """As `_chunks_pay`, where MKL's products are at their best, and bfloat16's are not done in tiles.
 
-    On the 2900 shapes that it was fitted to, the choice is within 1 to 2 % of the best for each.
+    On the 5000 shapes that this and `_loop_pays` were fitted to, the choice is within 1 to 2 % of the best for each.
     """
     narrow = p.dtype != torch.float32
     shortest = 8 if p.training else 16 if narrow and not p.P else 40
