@@ -75,7 +75,7 @@ def lstm_forward(
     output = gates_x.new_empty(len(gates_x), D * P)
     cells = gates_x.new_empty((len(gates_x), D * H) if save else 0, dtype=dtype)
     h_n, c_n = (state.to(dtype, copy=True, memory_format=torch.contiguous_format) for state in (h0, c0))
-    most_rows = max(rows.stop - rows.start for _, rows in blocks) if narrow else 0
+    most_rows = max((rows.stop - rows.start for _, rows in blocks), default=0) if narrow else 0
     wide_gates, wide_hidden = (gates_x.new_empty(most_rows, width, dtype=dtype) for width in (4 * H, P))
 
     for d in range(D):
