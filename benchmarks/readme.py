@@ -12,7 +12,7 @@ README = FOLDER.parent.parent / "README.md"
 
 # which rows of a result file the README shows, and where: between two comments, of which the first names the file
 README_ROWS = {
-    "cpu.json": r"^c/(dense|packed)/fp32|^f/packed/fp32|^b/packed/bf16|^b/dense-proj64/fp32|^charlm",
+    "cpu-intel.json": r"^c/(dense|packed)/fp32|^f/packed/fp32|^b/packed/bf16|^b/dense-proj64/fp32|^charlm",
     "cpu-avx2.json": r"^c/(dense|packed)/bf16|^(b|c)/packed/fp32",
     "gpu-h200.json": r"^(c|long-768|deepbench-(512x64|1024x16|2048x128))/dense/bf16|^(b|c)/packed/bf16"
     r"|^deepbench-512x64/dense-bidirectional/bf16|^deepbench-256x64/dense/fp|^deepbench-1024x16/dense/fp16",
