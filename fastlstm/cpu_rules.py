@@ -105,7 +105,12 @@ def _chunks_pay_on_intel(p: Problem) -> bool:
     """
     narrow = p.dtype != torch.float32
     shortest = 8 if p.training else 16 if narrow and not p.P else 40
-    fewest = (5 if narrow else 4) if p.training else (0 if narrow else 1)
+    if p.training:
+        fewest = 5 if narrow else 4
+    elif p.dtype == torch.bfloat16:
+        fewest = 3 if p.I > p.H else 0  # else two copies of all weights are no more than a loop's W_hh in float32
+    else:
+        fewest = 6 if narrow else 2
     if shortest > p.T or _copies_are_dear(p, 1 << 16, fewest):
         return False
     if p.P:
@@ -183,7 +188,7 @@ def one_product_pays(target: str, rows: int, B: int, I: int, H: int, P: int, dty
     """
     if target == "intel" or (target == "amx" and dtype != torch.bfloat16):
         narrow = accumulation_dtype(dtype) != dtype
-        return H * (I + P) <= 1 << 14 or (rows >= I + P and (narrow or 2 * I <= 3 * P))
+        return H * (I + P) <= 1 << 14 or (rows >= 2 * (I + P) if narrow else rows >= I + P and 2 * I <= 3 * P)
     size = 4 * H * (I + 1 + P) * accumulation_dtype(dtype).itemsize
     widest = 2 * B * P if is_widened(dtype) else 4 * P  # else the GEMM must be widened, too, a block at a time
     return B >= 4 and widest >= I and size <= 1 << 21 and rows > I + P
