@@ -192,7 +192,7 @@ def _infer(
     for d, place in enumerate(by_direction):
         source = row.new_zeros(edges[-1]).index_copy_(0, place, row)
         weights, has_biases = _direction(flat, d, dtype)
-        if len(edges) > 4:  # it costs what three calls would spend on it
+        if len(edges) > 2:
             weights[:2] = _laid_out(weights[0], weights[1], H, has_biases)
         output_d = output[:, d * H : (d + 1) * H]
         h, c = h0[d].to(dtype).contiguous(), c0[d].float().contiguous()
@@ -214,10 +214,7 @@ def _infer(
         if d:
             torch.index_select(torch.cat(outputs), 0, place, out=output_d)
         torch.cat(last_cells[::-1], out=c_n[d])
-        if d:
-            h_n[d] = output_d[:B]
-        else:
-            torch.index_select(output_d, 0, cutting.last_rows(sizes), out=h_n[d])
+        h_n[d] = packing.first_rows(output_d, B, batch_sizes, reverse=d == 0)
     return output, h_n, c_n
 
 

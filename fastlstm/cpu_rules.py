@@ -25,8 +25,7 @@ _MULTIPLIED = {
 
 def choose(p: Problem, target: str) -> tuple[str, str, str]:
     """Return (backend, regime, reason) of a problem on a CPU, by its target as `problem.Device` names it."""
-    if target == "amx" and p.dtype != torch.bfloat16:
-        target = "intel"  # its tiles are for bfloat16
+    target = _target_for(p.dtype, target)
     if p.B == 0:
         return "torch", "stock", "The batch has no rows."
     # stock, too, sees that a packed batch with one run is dense
@@ -63,7 +62,8 @@ def _choose_without_layer(p: Problem, target: str) -> tuple[str, str, str]:
         return "onednn", "chunks", "This processor is slow in this dtype; oneDNN's layer runs in float32, in chunks."
     fewest, least = (8, 1 << 17) if p.training else (16, 1 << 18)
     enough = (p.training and p.T >= 12) or (fewest <= p.T * p.B and least <= p.T * _products(p))
-    if enough if widened else _loop_pays(p, target):
+    loop_pays = enough if widened else _loop_pays(p, target)
+    if loop_pays:
         return "reference", "loop", "This processor is slow in this dtype; plain torch runs the steps, in float32."
     return "torch", "stock", "The call is over before float32 copies of the weights would pay."
 
@@ -175,9 +175,10 @@ def _loop_pays(p: Problem, target: str) -> bool:
         return False
     if p.dtype in (torch.float16, torch.bfloat16):  # stock's products are slower than MKL's of float32
         return p.T * p.B >= 24
-    known = p.dtype in (torch.float32, torch.float64)
+    if p.dtype not in (torch.float32, torch.float64):
+        return False
     # stock multiplies all inputs at once, and its steps cost little where they are small
-    return known and p.I <= 3 * p.H and p.T * p.B >= 768 and p.T * p.B * p.H >= 1 << 16
+    return p.I <= 3 * p.H and p.T * p.B >= 768 and p.T * p.B * p.H >= 1 << 16
 
 
 def one_product_pays(target: str, rows: int, B: int, I: int, H: int, P: int, dtype: torch.dtype) -> bool:  # noqa: E741
@@ -186,12 +187,17 @@ def one_product_pays(target: str, rows: int, B: int, I: int, H: int, P: int, dty
     Rows must be enough to pay for laying out all weights, which, but on Intel's processors, must stay in a cache. The
     GEMM is the faster the wider it is, save in 16 bit, where `lstm_infer` has float32.
     """
-    if target == "intel" or (target == "amx" and dtype != torch.bfloat16):
+    if _target_for(dtype, target) == "intel":
         narrow = accumulation_dtype(dtype) != dtype
         return H * (I + P) <= 1 << 14 or (rows >= 2 * (I + P) if narrow else rows >= I + P and 2 * I <= 3 * P)
     size = 4 * H * (I + 1 + P) * accumulation_dtype(dtype).itemsize
     widest = 2 * B * P if is_widened(dtype) else 4 * P  # else the GEMM must be widened, too, a block at a time
     return B >= 4 and widest >= I and size <= 1 << 21 and rows > I + P
+
+
+def _target_for(dtype: torch.dtype, target: str) -> str:
+    """Return what a processor is to a dtype: the tiles of "amx" are for bfloat16, to others it is like any "intel"."""
+    return "intel" if target == "amx" and dtype != torch.bfloat16 else target
 
 
 def onednn_has(dtype: torch.dtype, graph: bool = True) -> bool:

@@ -92,7 +92,7 @@ def choose_cuts(sizes: list[int], I: int, H: int, dtype: torch.dtype, training: 
         rows = _ROWS_PER_CUT + _FLOPS_PER_CUT / flops
     else:
         rows = _FLOPS_PER_CUT_FORWARD / flops
-        if target != "avx2" and cpu_rules.onednn_has(dtype):  # there oneDNN holds the gates of all places
+        if target != "avx2" and cpu_rules.onednn_has(dtype):  # without AVX-512 its memory was not measured
             most = max(most, _most_places_forward(N, I, H, dtype))
     if dtype == torch.bfloat16 and target == "amx":
         rows *= _ROWS_BY_AMX
@@ -122,16 +122,6 @@ def lay_places(
         b = row - starts.repeat_interleave(batch_sizes)
         by_direction.append(torch.tensor(first, device="cpu")[lengths[b] - 1 - of_rows(range(len(sizes)))] + b)
     return edges, by_direction
-
-
-def last_rows(sizes: list[int]) -> Tensor:
-    """Return the data row of each batch row's last step [B]; made in Python, which is sooner done."""
-    rows: list[int] = []
-    end, after = sum(sizes), 0
-    for n in reversed(sizes):
-        rows += range(end - n + after, end)
-        end, after = end - n, n
-    return torch.tensor(rows, device="cpu")
 
 
 def _keeps_workspaces(N: int, I: int, H: int, dtype: torch.dtype) -> bool:  # noqa: E741
