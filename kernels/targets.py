@@ -59,6 +59,7 @@ TYPES = {
     "B": "i32",
 }
 DTYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
+COLUMNS = ("registers", "spills", "shared", "matrix", "barriers", "loop")  # of the table, as `Report` names them
 
 
 @dataclass(frozen=True)
@@ -276,33 +277,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for configuration in configurations(target, options.dtype or list(DTYPES), not options.heaviest)
         if re.search(options.filter, configuration.name)
     ]
+    if not todo:
+        parser.error("no configuration matches --filter and --dtype")
+    rows = []
+    width = max(len(configuration.name) for configuration in todo)
+    if not options.json:
+        print(f"{'target':8} {'kernel and configuration':{width}} " + " ".join(f"{name:>9}" for name in COLUMNS))
     with ProcessPoolExecutor(mp_context=get_context("fork")) as pool:
-        reports = list(pool.map(build, todo, [options.out] * len(todo)))
-
-    rows = [
-        {
-            **{key: value for key, value in asdict(configuration).items() if key != "plan"},
-            **asdict(configuration.plan),
-            "name": configuration.name,
-            **asdict(report),
-            "limit": SHARED_MEMORY[configuration.target],
-        }
-        for configuration, report in zip(todo, reports, strict=True)
-    ]
+        for configuration, report in zip(todo, pool.map(build, todo, [options.out] * len(todo)), strict=True):
+            row = {
+                **{key: value for key, value in asdict(configuration).items() if key != "plan"},
+                **asdict(configuration.plan),
+                "name": configuration.name,
+                **asdict(report),
+                "limit": SHARED_MEMORY[configuration.target],
+            }
+            rows.append(row)
+            if not options.json:  # as they come: all of a target take minutes
+                figures = " ".join(f"{row[name]:>9}" for name in COLUMNS)
+                print(f"{row['target']:8} {row['name']:{width}} {figures}", flush=True)
     if options.json:
         print(json.dumps(rows, indent=2))
-    else:
-        _print_table(rows)
     return int(any(row["spills"] or row["shared"] > row["limit"] for row in rows))
-
-
-def _print_table(rows: list[dict]) -> None:
-    columns = ("registers", "spills", "shared", "matrix", "barriers", "loop")
-    width = max(len(row["name"]) for row in rows)
-    print(f"{'target':8} {'kernel and configuration':{width}} " + " ".join(f"{column:>9}" for column in columns))
-    for row in rows:
-        figures = " ".join(f"{row[column]:>9}" for column in columns)
-        print(f"{row['target']:8} {row['name']:{width}} {figures}")
 
 
 if __name__ == "__main__":

@@ -154,3 +154,16 @@ def test_names_the_targets_it_knows(monkeypatch, capsys):
     with pytest.raises(SystemExit, match="2"):
         targets.main(["--target", "sm_35"])
     assert "no plans for sm_35; known targets: sm_80," in capsys.readouterr().err
+
+
+def test_prints_a_table_and_refuses_an_empty_one():
+    command = ("-m", "fastlstm.kernels.targets", "--target=sm_90", "--dtype=float16", "--heaviest")
+    head, *rows = run(*command, "--filter=resident.*-H16-").splitlines()
+    assert head.split()[-6:] == ["registers", "spills", "shared", "matrix", "barriers", "loop"]
+    assert [row.split()[1].split("-")[0] for row in rows] == ["forward_resident", "backward_resident"]
+    assert all(int(figure) >= 0 for row in rows for figure in row.split()[-6:])
+    failed = subprocess.run(
+        [sys.executable, *command, "--filter=no such kernel"], env=ENVIRONMENT, capture_output=True, text=True
+    )
+    assert failed.returncode == 2
+    assert "no configuration matches" in failed.stderr
