@@ -101,6 +101,17 @@ def check_rows(batch_sizes: Tensor, N: int, B: int) -> None:
         raise RuntimeError(f"Expected hidden[0] and hidden[1] with a batch of {sizes[0]}, got {B}")
 
 
+def check_weights(weights: Sequence[Tensor | None], I: int, H: int, P: int) -> None:  # noqa: E741
+    """Raise for a direction's weights (w_ih, w_hh, b_ih, b_hh, w_hr) of other sizes: oneDNN would read on past them."""
+    names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
+    sizes = ((4 * H, I), (4 * H, P), (4 * H,), (4 * H,), (P, H))
+    for name, weight, size in zip(names, weights, sizes, strict=True):
+        if weight is not None and weight.shape != size:
+            raise RuntimeError(
+                f"Expected {name} of size {size} in a layer of hidden_size={H}, got {list(weight.shape)}"
+            )
+
+
 def check_alike(data: Tensor, states: Sequence[Tensor], weights: list[Tensor]) -> None:
     """Raise what stock's op raises when its tensors differ in device or dtype."""
     for name, tensors in (("hidden", states), ("parameter", weights)):

@@ -175,7 +175,7 @@ def _converted_subclass(original: type[Any]) -> type[Any]:
         _, _, *state = object.__reduce_ex__(self, 2)
         return (_blank, (original,), *state)
 
-    base = _Beneath if issubclass(original, nn.LSTM) else ours.LSTMCell
+    base = _Beneath if issubclass(original, nn.RNNBase) else ours.LSTMCell
     body = {
         "__module__": original.__module__,
         "__qualname__": original.__qualname__,

@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlstm import autocast, autograd, cpu_rules, cutting, packing, tracing
+from fastlstm import autocast, autograd, checks, cpu_rules, cutting, packing, tracing
 from fastlstm.ops import as_rows, shaped_as
 from fastlstm.stock import ONEDNN_LSTM
 from fastlstm.weights import DirectionWeights
@@ -59,6 +59,8 @@ def lstm_layer(
     Returns:
         output [N, D*P] (or [T, B, D*P]; never a view), h_n [D, B, P], c_n [D, B, H].
     """
+    for direction in weights:
+        checks.check_weights(direction, x.shape[-1], c0.shape[2], h0.shape[2])
     if batch_sizes is None:
         B = h0.shape[1]
         batch_sizes = torch.full((x.shape[:-1].numel() // B,), B, device="cpu")

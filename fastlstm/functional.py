@@ -175,6 +175,8 @@ def prepare(
 def _rows_and_runs(batch_sizes: Tensor, order: Tensor | None, hx: States | None) -> tuple[int, int]:
     """Return B, and the number of runs of steps with equal batch size, of a packed batch."""
     if not torch.compiler.is_compiling():
+        if tracing.recorded():
+            return batch_sizes[0], 2  # pyright: ignore[reportReturnType]  # a number would be recorded as a constant
         sizes = batch_sizes.tolist()
         return sizes[0], len(set(sizes))  # that they only fall is checked when they run
     # a tracer knows no values, but sizes that must agree with them; that they do, the op checks when it runs
@@ -223,12 +225,16 @@ def _decide(
         # one opaque op a layer, which chooses when it runs: no loop is unrolled, and nothing makes a guard on T or B
         chosen = "reference" if backend == "torch" else backend
         return dispatch.Decision(chosen, "compiled", "torch.compile is tracing.", problem, device)
+    override = dispatch.override() if backend == "auto" else ""
+    if override == "auto" and tracing.recorded():  # under it B may be a tensor
+        problem = Problem(T, int(B), *sizes[2:], data.dtype, training, runs)
+        reason = "torch.jit.trace records torch's own op, which takes any lengths and rows."
+        return dispatch.Decision("torch", "stock", reason, problem, device_of(data))
     if network.recompute and training and backend == "auto":
         problem = Problem(*sizes, data.dtype, training, runs)
         device = device_of(data)
         decision = dispatch.decide(problem, device, dispatch.decide_layer(problem, device))
         return replace(decision, reason="It can recompute its gates, which stock's op cannot.")
-    override = dispatch.override() if backend == "auto" else ""
     dtype = autocast.dtype_for(data)
     tf32 = data.is_cuda and (dtype or data.dtype) == torch.float32 and allows_tf32()
     apart = bool((network.dropout and network.training) or (network.recompute and training))

@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.nn.utils.rnn import PackedSequence
 
-from fastlstm import checks, dispatch, functional, stock
+from fastlstm import checks, dispatch, functional, stock, tracing
 from fastlstm.checks import States
 from fastlstm.dispatch import Decision
 
@@ -38,7 +39,7 @@ class LSTM(nn.RNNBase):
         dtype: of the parameters.
         backend: "auto" chooses what is best for each call (`explain` tells what, the environment variable
             FASTLSTM_BACKEND overrules it); "reference" is plain torch; "triton" the fused kernels; "torch" the op
-            that `torch.nn.LSTM` calls.
+            that `torch.nn.LSTM` calls (under torch.compile, which would unroll it, plain torch in one opaque op).
         recompute: whether backward makes the activated gates again instead of finding them saved. With the kernels
             in 16 bit and no projection it takes one GEMM over all steps, and a layer in training keeps 4 bytes a row
             and hidden unit beside its output instead of 12. Otherwise backward runs forward once more, to the same
@@ -110,6 +111,8 @@ class LSTM(nn.RNNBase):
         self, input: Tensor | PackedSequence, hx: States | None = None
     ) -> tuple[Tensor | PackedSequence, States]:
         """Run the network; the class docstring says on what."""
+        if isinstance(input, Proxy):
+            return tracing.leaf(self, input, hx)
         return functional.forward(self, self.current_weights(), input, hx)
 
     def current_weights(self) -> list[Tensor]:
@@ -240,6 +243,8 @@ class LSTMCell(nn.LSTMCell):
 
     def forward(self, input: Tensor, hx: States | None = None) -> States:
         """Run one step; the class docstring says on what."""
+        if isinstance(input, Proxy):
+            return tracing.leaf(self, input, hx)
         if self.backend == "torch" or (self.backend == "auto" and dispatch.override() in ("auto", "torch")):
             return self._run_stock(input, hx)
         _, (h, c) = functional.forward(*_one_step(self, input, hx, self.backend))

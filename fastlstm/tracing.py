@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.fx import Proxy
 
 _PLAIN = (Tensor, nn.Parameter)
 _functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def leaf(module: nn.Module, input: Proxy, hx: Any) -> Any:
+    """Return the node of a call that torch.fx traces symbolically: as torch's own, ours is one, and not looked into."""
+    arguments = (input,) if hx is None else (input, hx)
+    tracer: Any = input.tracer
+    return tracer.create_proxy("call_module", tracer.path_of_module(module), arguments, {})
 
 
 def watched(*tensors: Tensor) -> bool:
@@ -17,9 +26,14 @@ def watched(*tensors: Tensor) -> bool:
 
     That is a compiler, a tracer, any mode of dispatch, or a tensor with a way of its own.
     """
-    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+    if torch.compiler.is_compiling() or recorded():
         return True
     return torch._C._len_torch_dispatch_stack() > 0 or not all(type(t) in _PLAIN for t in tensors)
+
+
+def recorded() -> bool:
+    """Whether torch.jit.trace records what runs, to run it again with other sizes; torch.compile never asks."""
+    return torch._C._get_tracing_state() is not None
 
 
 def transformed() -> bool:

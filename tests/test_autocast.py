@@ -63,6 +63,16 @@ def test_results_have_the_dtypes_of_stock(form, options, low, backend):
             assert_close(results, truth, expected, dtype=low)
 
 
+@pytest.mark.parametrize("backend", BACKENDS[1:])
+@pytest.mark.parametrize("low", LOW, ids=str)
+def test_results_without_a_graph_have_the_dtypes_of_stock(low, backend):
+    stock, ours = make_pair(backend, torch.float16)  # a processor may have oneDNN's layer in it for inference only
+    x = make_input("dense", torch.float16)
+    with torch.autocast("cpu", low), torch.no_grad():
+        (output, states), (expected, expected_states) = ours(x), stock(x)
+    assert [t.dtype for t in (output, *states)] == [t.dtype for t in (expected, *expected_states)]
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("form", "cache", "casts"), [("dense", True, 1), ("unsorted", True, 1), ("dense", False, 3)])
 def test_a_weight_is_cast_once_a_region(form, cache, casts, backend):

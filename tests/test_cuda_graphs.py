@@ -9,7 +9,6 @@ from unittest.mock import patch
 import pytest
 import torch
 from helpers import assert_close
-from recurrence import H100
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -17,6 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 pytest.importorskip("triton")
 
+from recurrence import H100
 from scheduler import scheduled
 from triton.runtime import interpreter
 

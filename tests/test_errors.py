@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 import fastlstm
+from fastlstm import cpu
 from fastlstm.dispatch import has_triton
 
 SIZES = {"input_size": I, "hidden_size": H}
@@ -182,6 +183,20 @@ def test_kernels_read_no_further_than_the_weights(change):
         ours.weight_hh_l0 = nn.Parameter(torch.zeros(4 * H, H - 1))
     with pytest.raises(RuntimeError, match=r"Expected weight_hh of size \("):
         ours(X)
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [("weight_ih", (16, 4)), ("weight_hh", (15, 2)), ("bias_ih", (1,)), ("bias_hh", (16, 1)), ("weight_hr", (3, 4))],
+)
+def test_onednn_reads_no_further_than_the_weights(name, size):
+    sizes = {"weight_ih": (16, 3), "weight_hh": (16, 2), "bias_ih": (16,), "bias_hh": (16,), "weight_hr": (2, 4)}
+    message = re.escape(f"Expected {name} of size {sizes[name]} in a layer of hidden_size=4, got {list(size)}")
+    sizes[name] = size
+    w_ih, w_hh, b_ih, b_hh, w_hr = map(torch.zeros, sizes.values())
+    x, h0, c0 = torch.zeros(5, 2, 3), torch.zeros(1, 2, 2), torch.zeros(1, 2, 4)
+    with pytest.raises(RuntimeError, match=message):
+        cpu.lstm_layer(x, h0, c0, [(w_ih, w_hh, b_ih, b_hh, w_hr)], None)
 
 
 @pytest.mark.parametrize("backend", ["reference", "auto"])

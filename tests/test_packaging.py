@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -63,6 +64,26 @@ def test_sdist_holds_what_it_takes_to_build_test_and_benchmark(distributions):
     for folder in ("benchmarks", "examples"):
         assert names >= {f"{folder}/{path.name}" for path in (ROOT / folder).glob("*.py")}
     assert names >= {"LICENSE", "README.md", "Makefile", "constraints.txt", "pyproject.toml", "setup.py"}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a link needs a privilege there")
+def test_an_unpacked_sdist_gets_its_link(distributions, tmp_path):
+    sdist, _ = distributions
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path, filter="data")
+    (root,) = tmp_path.iterdir()
+    assert not (root / "fastlstm" / "kernels").exists()
+    subprocess.run([sys.executable, "setup.py", "--name"], cwd=root, capture_output=True, check=True)
+    assert (root / "fastlstm" / "kernels" / "launch.py").is_file()
+
+
+def test_the_suite_is_collected_without_triton(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['triton'] = None\n")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", "tests"]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-2000:]
+    assert "tests/test_kernels.py" in result.stdout  # skipped, for want of triton
 
 
 def test_version_is_the_same_everywhere():

@@ -61,6 +61,10 @@ def test_state_dict_both_ways():
     assert all(mine is own for mine, own in zip(ours._flat_weights, ours.parameters(), strict=True))
 
 
+class Derived(STOCK_LSTM):
+    """A user's class, made before the names were rebound."""
+
+
 def copies_of(lstm):
     yield copy.deepcopy(lstm)
     yield pickle.loads(pickle.dumps(lstm))
@@ -105,6 +109,9 @@ def test_torchs_own_names_may_be_rebound(monkeypatch):
     torch.testing.assert_close(our_cell(x[0]), cell(x[0]))
     for duplicate in copies_of(ours):
         assert_same(duplicate, stock)
-    model = nn.Sequential(stock, cell)
-    assert list(fastlstm.convert(model).replaced) == ["0", "1"]
+    derived = Derived(I, H)
+    derived.load_state_dict(stock.state_dict())
+    model = nn.Sequential(stock, cell, derived)
+    assert list(fastlstm.convert(model).replaced) == ["0", "1", "2"]
     assert_same(stock, ours)
+    assert_same(derived, ours)

@@ -10,8 +10,11 @@ import torch
 from pairs import BACKENDS, INTERPRETED, STOCK_LSTM, H, I, make_pair
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, jacrev, jvp, stack_module_state, vjp, vmap
-from torch.nn.utils.rnn import PackedSequence, pack_sequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence, pad_packed_sequence
+from torch.utils._pytree import tree_leaves as leaves
 from torch.utils.checkpoint import checkpoint
+
+import fastlstm
 
 # forward-mode AD has torch script some decompositions when it is first used
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script.* is deprecated:DeprecationWarning")
@@ -342,3 +345,48 @@ def test_two_threads(backend):
         thread.join()
     for index in range(2):
         assert all(map(torch.equal, results[index], alone[index]))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace.* is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
+@pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
+@pytest.mark.parametrize("options", [{}, {"proj_size": 2}, {"num_layers": 2, "bidirectional": True}], ids=str)
+def test_a_recorded_call_takes_other_sizes(options, training):
+    class Pack(torch.nn.Module):
+        def __init__(self, lstm):
+            super().__init__()
+            self.lstm = lstm
+
+        def forward(self, x, lengths):
+            output, (h_n, c_n) = self.lstm(pack_padded_sequence(x, lengths, enforce_sorted=False))
+            return pad_packed_sequence(output)[0], h_n, c_n
+
+    stock, ours = make_pair("auto", **options)
+    with torch.set_grad_enabled(training):
+        for T in (1, 5, 60):  # one step, few, and enough for "auto" to run them itself, were it not recorded
+            recorded: Any = torch.jit.trace(ours, (inputs(T, 2, I),))
+            for got, expected in zip(leaves(recorded(inputs(7, 3, I))), leaves(stock(inputs(7, 3, I))), strict=True):
+                close(got, expected)
+        recorded = torch.jit.trace(Pack(ours), (inputs(60, 2, I), torch.tensor([60, 30])))
+        arguments = inputs(60, 3, I), torch.tensor([20, 60, 7])
+        for got, expected in zip(recorded(*arguments), Pack(stock)(*arguments), strict=True):
+            close(got, expected)
+
+
+def test_symbolic_tracing_keeps_the_modules():
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.cell, self.lstm = fastlstm.LSTMCell(I, H), fastlstm.LSTM(H, H)
+
+        def forward(self, x, hx):
+            h, c = self.cell(x, hx)
+            output, _ = self.lstm(h.unsqueeze(0))
+            return self.lstm(output, (h.unsqueeze(0), c.unsqueeze(0)))[0]
+
+    model = Model()
+    graph: Any = torch.fx.symbolic_trace(model)
+    assert [node.target for node in graph.graph.nodes if node.op == "call_module"] == ["cell", "lstm", "lstm"]
+    x, hx = inputs(2, I), (inputs(2, H), inputs(2, H))
+    assert torch.equal(graph(x, hx), model(x, hx))
