@@ -92,7 +92,8 @@ def choose_cuts(sizes: list[int], I: int, H: int, dtype: torch.dtype, training: 
         rows = _ROWS_PER_CUT + _FLOPS_PER_CUT / flops
     else:
         rows = _FLOPS_PER_CUT_FORWARD / flops
-        if target != "avx2" and cpu_rules.onednn_has(dtype):  # without AVX-512 its memory was not measured
+        # without AVX-512 its memory was not measured; of dense rows stock may hold little, in one call for all
+        if target != "avx2" and cpu_rules.onednn_has(dtype) and sizes[0] != sizes[-1]:
             most = max(most, _most_places_forward(N, I, H, dtype))
     if dtype == torch.bfloat16 and target == "amx":
         rows *= _ROWS_BY_AMX
