@@ -174,7 +174,8 @@ def _products(p: Problem) -> int:
 
 def _loop_pays(p: Problem, target: str) -> bool:
     """Whether the reference's loop over the steps beats stock's, where oneDNN's layer is no choice."""
-    if p.dtype == torch.float16 and p.B >= 8:  # stock's is slow with or without a graph
+    width = p.P or p.H
+    if p.training and p.dtype == torch.float16 and p.B >= 8:
         return True
     if p.training:  # the loop saves stock's graph, but over few steps what a call costs outweighs that
         if target == "amx":  # the loop's products are in float32
@@ -186,12 +187,13 @@ def _loop_pays(p: Problem, target: str) -> bool:
         return p.dtype == torch.float32 and p.T >= 48 and p.B >= 40 and 2 * p.H >= p.I
     if target == "amx":
         fewest, largest = (16, 3 << 15) if p.P else (32, 1 << 16)
-        width = p.P or p.H
         return max(fewest, width if p.H * width > 1 << 14 else 0) <= p.T * p.B and p.H * width <= largest
     if target != "intel":
         return False
-    if p.dtype in (torch.float16, torch.bfloat16):  # stock's products are slower than MKL's of float32
+    if p.dtype == torch.bfloat16:  # stock's products are slower than MKL's of float32
         return p.T * p.B >= 24
+    if p.dtype == torch.float16:  # so they are, until weights in float32 leave a cache
+        return (4 * width if p.H * width > 1 << 18 else 32) <= p.T * p.B
     if p.dtype not in (torch.float32, torch.float64):
         return False
     # stock multiplies all inputs at once, and its steps cost little where they are small
