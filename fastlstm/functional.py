@@ -226,8 +226,8 @@ def _decide(
         chosen = "reference" if backend == "torch" else backend
         return dispatch.Decision(chosen, "compiled", "torch.compile is tracing.", problem, device)
     override = dispatch.override() if backend == "auto" else ""
-    if override == "auto" and tracing.recorded():  # under it B may be a tensor
-        problem = Problem(T, int(B), *sizes[2:], data.dtype, training, runs)
+    if override == "auto" and tracing.recorded():  # then T and B are tensors
+        problem = Problem(*sizes, data.dtype, training, runs)
         reason = "torch.jit.trace records torch's own op, which takes any lengths and rows."
         return dispatch.Decision("torch", "stock", reason, problem, device_of(data))
     if network.recompute and training and backend == "auto":
