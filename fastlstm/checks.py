@@ -101,11 +101,20 @@ def check_rows(batch_sizes: Tensor, N: int, B: int) -> None:
         raise RuntimeError(f"Expected hidden[0] and hidden[1] with a batch of {sizes[0]}, got {B}")
 
 
+def weight_sizes(I: int, H: int, P: int) -> dict[str, tuple[int, ...]]:  # noqa: E741
+    """Return the size of each weight of a direction, in the order in which it is passed on."""
+    return {
+        "weight_ih": (4 * H, I),
+        "weight_hh": (4 * H, P),
+        "bias_ih": (4 * H,),
+        "bias_hh": (4 * H,),
+        "weight_hr": (P, H),
+    }
+
+
 def check_weights(weights: Sequence[Tensor | None], I: int, H: int, P: int) -> None:  # noqa: E741
     """Raise for a direction's weights (w_ih, w_hh, b_ih, b_hh, w_hr) of other sizes: oneDNN would read on past them."""
-    names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
-    sizes = ((4 * H, I), (4 * H, P), (4 * H,), (4 * H,), (P, H))
-    for name, weight, size in zip(names, weights, sizes, strict=True):
+    for weight, (name, size) in zip(weights, weight_sizes(I, H, P).items(), strict=True):
         if weight is not None and weight.shape != size:
             raise RuntimeError(
                 f"Expected {name} of size {size} in a layer of hidden_size={H}, got {list(weight.shape)}"
@@ -163,13 +172,12 @@ def sizes_of(params: Sequence[Tensor], has_biases: bool, num_layers: int, bidire
     for start, group in enumerate(groups(params, num_layers * D)):
         layer, direction = divmod(start, D)
         inputs = I if layer == 0 else D * width
-        shapes = {"weight_ih": (4 * H, inputs), "weight_hh": (4 * H, width), "weight_hr": (width, H)}
+        sizes = weight_sizes(inputs, H, width)
         for offset, (kind, tensor) in enumerate(zip(kinds, group, strict=True)):
-            expected = shapes.get(kind, (4 * H,))
-            if tensor.shape != expected:
+            if tensor.shape != sizes[kind]:
                 name = f"{kind}_l{layer}{'_reverse' if direction else ''}"
                 raise RuntimeError(
-                    f"Expected params[{start * len(kinds) + offset}] ({name}) of size {expected}, "
+                    f"Expected params[{start * len(kinds) + offset}] ({name}) of size {sizes[kind]}, "
                     f"got {list(tensor.shape)}"
                 )
     return I, H, width if projected else 0

@@ -177,9 +177,9 @@ def _products(p: Problem) -> int:
 def _loop_pays(p: Problem, target: str) -> bool:
     """Whether the reference's loop over the steps beats stock's, where oneDNN's layer is no choice."""
     width = p.P or p.H
-    if p.training and p.dtype == torch.float16 and p.B >= 8:
-        return True
     if p.training:  # the loop saves stock's graph, but over few steps what a call costs outweighs that
+        if p.dtype == torch.float16 and p.B >= 8:
+            return True
         if target == "amx":  # the loop's products are in float32
             return (6 if _products(p) <= 1 << 23 else 12 if p.P else 20) <= p.T
         if target == "cpu" and p.P and p.dtype == torch.bfloat16:
@@ -206,10 +206,11 @@ def one_product_pays(target: str, rows: int, B: int, I: int, H: int, P: int, dty
     """Whether `reference.lstm_infer` beats the input GEMM over all `rows` and then `lstm_forward`, on a CPU.
 
     Rows must be enough to pay for laying out all weights, which, but on Intel's processors, must stay in a cache. The
-    GEMM is the faster the wider it is, save in 16 bit, where `lstm_infer` has float32.
+    GEMM is the faster the wider it is, save in 16 bit, where `lstm_infer` has float32. With AMX it is done in tiles,
+    and loses only where it is small, whatever the rows.
     """
     target = _target_for(dtype, target)
-    if target == "amx":  # the input GEMM is done in tiles
+    if target == "amx":
         return H * I <= 3 << 13
     if target == "intel":
         narrow = accumulation_dtype(dtype) != dtype

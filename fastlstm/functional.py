@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -176,7 +176,7 @@ def _rows_and_runs(batch_sizes: Tensor, order: Tensor | None, hx: States | None)
     """Return B, and the number of runs of steps with equal batch size, of a packed batch."""
     if not torch.compiler.is_compiling():
         if tracing.recorded():
-            return batch_sizes[0], 2  # pyright: ignore[reportReturnType]  # a number would be recorded as a constant
+            return cast("int", batch_sizes[0]), 2  # a tensor: a number would be recorded as a constant
         sizes = batch_sizes.tolist()
         return sizes[0], len(set(sizes))  # that they only fall is checked when they run
     # a tracer knows no values, but sizes that must agree with them; that they do, the op checks when it runs

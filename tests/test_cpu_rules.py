@@ -1,4 +1,4 @@
-"""What "auto" does with CPU tensors: by the problem, by what oneDNN has, and by the processor's maker."""
+"""What "auto" does with CPU tensors: by the problem, by what oneDNN has, and by the processor."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from fastlstm import cpu_rules, functional
-from fastlstm import problem as problem_module
 from fastlstm.dispatch import decide
 from fastlstm.problem import Device, Problem
 
@@ -380,34 +379,6 @@ def test_auto_with_amx(backend, changes):
 @pytest.mark.usefixtures("multiplies")
 def test_one_product(pays, target, sizes, dtype):
     assert cpu_rules.one_product_pays(target, *sizes, dtype=dtype) == pays
-
-
-@pytest.mark.parametrize("amx", [False, True])
-@pytest.mark.parametrize(
-    ("text", "target"), [("vendor_id\t: GenuineIntel\n", "intel"), ("vendor_id\t: AuthenticAMD\n", "cpu"), ("", "cpu")]
-)
-def test_the_maker_of_the_processor(text, target, amx, monkeypatch):
-    target = "amx" if amx and target == "intel" else target
-    monkeypatch.setattr(problem_module, "_cpu_names", lambda: text)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
-    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
-    for capability, found in (("AVX2", "avx2"), ("AVX512", target)):
-        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)
-        assert problem_module._cpu.__wrapped__().target == found
-
-
-def test_where_the_makers_name_stands(monkeypatch):
-    def no_proc(*_):
-        raise FileNotFoundError
-
-    monkeypatch.setattr(problem_module, "open", no_proc, raising=False)
-    monkeypatch.setattr("sys.platform", "darwin")
-    assert problem_module._cpu_names() == ""
-    monkeypatch.setattr("sys.platform", "win32")
-    monkeypatch.setenv("PROCESSOR_IDENTIFIER", "Intel64 Family 6 Model 85 Stepping 7, GenuineIntel")
-    assert "GenuineIntel" in problem_module._cpu_names()
-    monkeypatch.delenv("PROCESSOR_IDENTIFIER")
-    assert problem_module._cpu_names() == ""
 
 
 @pytest.mark.parametrize(

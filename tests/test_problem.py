@@ -1,0 +1,36 @@
+"""What dispatch is told of a CPU: whose it is, and what it can."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastlstm import problem
+
+
+@pytest.mark.parametrize("amx", [False, True])
+@pytest.mark.parametrize(
+    ("text", "target"), [("vendor_id\t: GenuineIntel\n", "intel"), ("vendor_id\t: AuthenticAMD\n", "cpu"), ("", "cpu")]
+)
+def test_the_maker_of_the_processor(text, target, amx, monkeypatch):
+    target = "amx" if amx and target == "intel" else target
+    monkeypatch.setattr(problem, "_cpu_names", lambda: text)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    for capability, found in (("AVX2", "avx2"), ("AVX512", target)):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)
+        assert problem._cpu.__wrapped__().target == found
+
+
+def test_where_the_makers_name_stands(monkeypatch):
+    def no_proc(*_):
+        raise FileNotFoundError
+
+    monkeypatch.setattr(problem, "open", no_proc, raising=False)
+    monkeypatch.setattr("sys.platform", "darwin")
+    assert problem._cpu_names() == ""
+    monkeypatch.setattr("sys.platform", "win32")
+    monkeypatch.setenv("PROCESSOR_IDENTIFIER", "Intel64 Family 6 Model 85 Stepping 7, GenuineIntel")
+    assert "GenuineIntel" in problem._cpu_names()
+    monkeypatch.delenv("PROCESSOR_IDENTIFIER")
+    assert problem._cpu_names() == ""
