@@ -162,10 +162,13 @@ def _differentiate(
 ) -> list[Tensor | None]:
     """Return the gradients of x, h0, c0 and each weight, None where there is no need of one."""
     x, h0, c0, batch_sizes, output, gates, cells, *weights = ctx.saved_tensors
-    d_output, dh_n, dc_n = (
-        torch.zeros_like(form) if cotangent is None else cotangent
-        for cotangent, form in zip(cotangents, (output, h0, c0), strict=False)
-    )
+    d_output, dh_n, dc_n, *_ = cotangents
+    if d_output is None:
+        d_output = torch.zeros_like(output)
+    if dc_n is None:
+        dc_n = torch.zeros_like(c0)
+    if dh_n is None:  # most often none is given of either, and a tensor less to fill is a launch less
+        dh_n = dc_n if cotangents[2] is None and h0.shape == c0.shape else torch.zeros_like(h0)
     flat = spread(weights, len(h0))
     needs = (*needs, *(bool(need) for need in spread(needs_weights, len(h0))))
     arguments = ((d_output, dh_n, dc_n), (x, h0, c0, *flat), needs)
@@ -207,7 +210,6 @@ def _gradients(
         w_ih, w_hh, w_hr = by_kind(flat)
     run = lstm_backward if tracing.watched(*cotangents, gates, cells, c0, w_hh) else run_backward
     dgates, dc0, dh = run(d_output, *cotangents[1:], gates, cells, c0, w_hh, w_hr, batch_sizes, backend, above)
-    batch_sizes = packing.on_device(batch_sizes, x.device)
 
     dh0: list[Tensor] = []
     dflat: list[Tensor | None] = []

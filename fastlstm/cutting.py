@@ -62,7 +62,7 @@ def make_chunks(
     N = sum(sizes)
     cuts = choose_cuts(sizes, I, H, dtype, training=True)
     keep = _keeps_workspaces(N, I, H, dtype)
-    lengths, offsets = packing.spans(batch_sizes, sizes[0])
+    lengths, offsets = packing.spans(batch_sizes, sizes[0], batch_sizes.device)
     chunks: list[list[Chunk]] = [[] for _ in range(D)]
     begin = 0
     for (start, rows), (end, after) in itertools.pairwise(cuts):
@@ -119,7 +119,7 @@ def lay_places(
     row = torch.arange(sum(sizes), device="cpu")
     by_direction = [row + of_rows([place - offset for place, offset in zip(first, offsets, strict=False)])]
     if D == 2:
-        lengths, starts = packing.spans(batch_sizes, sizes[0])
+        lengths, starts = packing.spans(batch_sizes, sizes[0], batch_sizes.device)
         b = row - starts.repeat_interleave(batch_sizes)
         by_direction.append(torch.tensor(first, device="cpu")[lengths[b] - 1 - of_rows(range(len(sizes)))] + b)
     return edges, by_direction

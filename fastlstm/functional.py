@@ -242,7 +242,7 @@ def _decide(
     device = device_of(data)
     times: dispatch.Times = ()
     if override == "auto" and device.kind != "cpu":
-        times = tuning.times(Problem(*problem), device, data.device, trial)
+        times = tuning.times(_problem(*problem), device, data.device, trial)
         device = device_of(data)  # a trial may have found that it has fewer processors for us
     onednn = torch._C._get_mkldnn_enabled()
     lowered = "" if dtype is None else "graph" if torch.is_grad_enabled() else "no graph"
@@ -250,6 +250,10 @@ def _decide(
     if decision.backend == "onednn" and tracing.watched(data):
         return replace(decision, backend="reference", regime="loop", reason="A tracer or a mode should see one op.")
     return decision
+
+
+# the very object of an earlier call: it is made sooner, and looked up sooner by what keeps an answer for it
+_problem = functools.lru_cache(maxsize=4096)(Problem)
 
 
 @functools.lru_cache(maxsize=4096)

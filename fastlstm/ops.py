@@ -129,7 +129,6 @@ def lstm_gates(x: Tensor, h0: Tensor, output: Tensor, weights: Sequence[Tensor],
     flat = spread(weights, D)
     w_ih, w_hh, _ = by_kind(flat)
     gates, output = gemms.linear(as_rows(x), w_ih, biases(flat)), as_rows(output)
-    batch_sizes = packing.on_device(batch_sizes, x.device)
     most = max(1, _WIDE_ELEMENTS // w_hh.shape[1])  # rows at a time, since wide ones would take what was saved
     for d, (gates_d, output_d) in enumerate(zip(gates.chunk(D, 1), output.chunk(D, 1), strict=True)):
         h_previous = packing.previous(output_d, h0[d], batch_sizes, reverse=d == 1)

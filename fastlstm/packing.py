@@ -1,42 +1,31 @@
 """Where the rows of a batch lie: row `t*B + b` of a dense one, row `offsets[t] + b` of a packed one.
 
 All of it follows from batch_sizes [T], the number of rows active at each step, which torch keeps on the CPU. For a GPU
-they are brought over before anything is computed of them, and the rest is done there, by ops that do not make the host
-wait. So packed batches too can be captured in a CUDA graph, which holds the batch sizes that it was captured with.
+what has the size of T or B is computed there, and goes over in one copy, since each op on a GPU would cost the host as
+much; what has a value for each row is computed on the GPU, by ops that do not make the host wait. In a CUDA graph,
+which holds the batch sizes that it was captured with, all is computed on the GPU, and so it is for a tracer.
 """
 
 from __future__ import annotations
 
-from typing import overload
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from fastlstm import tracing
 from fastlstm.problem import capturing
 
 
-@overload
-def on_device(batch_sizes: Tensor, device: torch.device) -> Tensor: ...
-@overload
-def on_device(batch_sizes: None, device: torch.device) -> None: ...
-def on_device(batch_sizes: Tensor | None, device: torch.device) -> Tensor | None:
-    """Return the batch sizes on the device of the rows; a CUDA graph gets them as arguments of its kernels."""
-    if batch_sizes is None or batch_sizes.device == device:
-        return batch_sizes
-    if not capturing(device):
-        return batch_sizes.to(device, non_blocking=True)
-    sizes = torch.empty_like(batch_sizes, device=device)
-    values, counts = batch_sizes.unique_consecutive(return_counts=True)
-    for part, value in zip(sizes.split(counts.tolist()), values.tolist(), strict=True):
-        part.fill_(value)
-    return sizes
-
-
-def spans(batch_sizes: Tensor, B: int) -> tuple[Tensor, Tensor]:
+def spans(batch_sizes: Tensor, B: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return the length of each of the B rows of a packed batch, and the first data row of each step [T]."""
-    b = torch.arange(B, device=batch_sizes.device)
-    lengths = batch_sizes.shape[0] - torch.searchsorted(batch_sizes.flip(0), b, right=True)
-    return lengths, batch_sizes.cumsum(0) - batch_sizes
+
+    def compute(sizes: Tensor) -> tuple[Tensor, Tensor]:
+        # one more, of length 0, where B is odd: then what comes behind is as aligned as kernels like it
+        return _lengths(sizes, B + B % 2), sizes.cumsum(0) - sizes
+
+    lengths, offsets = _computed_for(device, batch_sizes, compute)
+    return lengths[:B], offsets
 
 
 def previous(values: Tensor, initial: Tensor, batch_sizes: Tensor | None, reverse: bool) -> Tensor:
@@ -54,17 +43,20 @@ def previous(values: Tensor, initial: Tensor, batch_sizes: Tensor | None, revers
     B = initial.shape[0]
     if batch_sizes is None:
         return torch.cat((values[B:], initial) if reverse else (initial, values[: values.shape[0] - B]))
-    N, sizes = values.shape[0], on_device(batch_sizes, values.device)
-    rows = torch.arange(N, device=sizes.device)
-    # a row's first step has none: any row will do until `initial` takes its place. A tracer cannot know the sum of
-    # the sizes, and a GPU would have to be asked for it
+
+    def compute(sizes: Tensor) -> tuple[Tensor, ...]:
+        ends = sizes.cumsum(0)
+        if reverse:
+            return ends, sizes, _last_rows(sizes, B)
+        return ends, torch.cat((sizes.new_zeros(1), -sizes[:-1])), torch.arange(B, device=sizes.device)
+
+    # a row's first step has none: any row will do until `initial` takes its place
+    ends, shifts, first = _computed_for(values.device, batch_sizes, compute)
+    rows = torch.arange(values.shape[0], device=values.device)
+    step_of_row = torch.searchsorted(ends, rows, right=True)
+    index = rows + shifts.index_select(0, step_of_row)
     if reverse:
-        index = (rows + sizes.repeat_interleave(sizes, output_size=N)).clamp(max=N - 1)
-        first = _last_rows(sizes, B)
-    else:
-        sizes_before = torch.cat((sizes.new_zeros(1), sizes[:-1]))
-        index = rows - sizes_before.repeat_interleave(sizes, output_size=N)
-        first = rows[:B]
+        index = index.clamp(max=values.shape[0] - 1)
     return torch.index_select(values, 0, index).index_copy_(0, first, initial)
 
 
@@ -74,10 +66,40 @@ def first_rows(values: Tensor, B: int, batch_sizes: Tensor | None, reverse: bool
         return values[:B]
     if batch_sizes is None:
         return values[values.shape[0] - B :]
-    return values.index_select(0, _last_rows(on_device(batch_sizes, values.device), B))
+    (last,) = _computed_for(values.device, batch_sizes, lambda sizes: (_last_rows(sizes, B),))
+    return values.index_select(0, last)
+
+
+def _lengths(batch_sizes: Tensor, B: int) -> Tensor:
+    """Return the length of each row [B]."""
+    b = torch.arange(B, device=batch_sizes.device)
+    return batch_sizes.shape[0] - torch.searchsorted(batch_sizes.flip(0), b, right=True)
 
 
 def _last_rows(batch_sizes: Tensor, B: int) -> Tensor:
     """Return the data row of each batch entry's last step [B]."""
-    lengths, offsets = spans(batch_sizes, B)
-    return offsets[lengths - 1] + torch.arange(B, device=batch_sizes.device)
+    offsets = batch_sizes.cumsum(0) - batch_sizes
+    return offsets[_lengths(batch_sizes, B) - 1] + torch.arange(B, device=batch_sizes.device)
+
+
+def _computed_for(
+    device: torch.device, batch_sizes: Tensor, compute: Callable[[Tensor], tuple[Tensor, ...]]
+) -> Sequence[Tensor]:
+    """Return what `compute` makes of the batch sizes, on the device of the rows."""
+    if batch_sizes.device == device:
+        return compute(batch_sizes)
+    if capturing(device):
+        return compute(_captured(batch_sizes, device))
+    if tracing.watched(batch_sizes):
+        return compute(batch_sizes.to(device))
+    parts = compute(batch_sizes)
+    return torch.cat(parts).to(device, non_blocking=True).split([len(part) for part in parts])
+
+
+def _captured(batch_sizes: Tensor, device: torch.device) -> Tensor:
+    """Return the batch sizes on a device, as arguments of the kernels of a CUDA graph, which reads no host memory."""
+    sizes = torch.empty_like(batch_sizes, device=device)
+    values, counts = batch_sizes.unique_consecutive(return_counts=True)
+    for part, value in zip(sizes.split(counts.tolist()), values.tolist(), strict=True):
+        part.fill_(value)
+    return sizes

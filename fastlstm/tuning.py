@@ -179,7 +179,7 @@ def stopwatch(on: torch.device) -> Callable[[Run], float]:
 
 def reproducible() -> bool:
     """Whether the user asks for the same bits in each run."""
-    return torch.are_deterministic_algorithms_enabled() or torch.backends.cudnn.deterministic
+    return torch._C._get_deterministic_algorithms() or torch._C._get_cudnn_deterministic()
 
 
 def obstacle() -> str:

@@ -80,7 +80,7 @@ def backward_persistent(
     dc0_ptr,  # [D, B, H]
     partials_ptr,  # [2, groups, OWNERS, PROGRAMS, BLOCK_B, BLOCK_H]
     counters_ptr,  # [groups, 32] int32, zeros; a line each, for they are polled
-    lengths_ptr,  # [B] int32, falling; not touched without VARLEN
+    lengths_ptr,  # [B] int64, falling; not touched without VARLEN
     offsets_ptr,  # [T] int64; not touched without VARLEN
     T,
     B,
@@ -159,9 +159,9 @@ def backward_persistent(
     c0 = tl.load(c0_ptr + offs_state, mask=mask, other=0.0).to(tl.float32)
 
     if VARLEN:
-        lengths = tl.load(lengths_ptr + b0 + b, mask=mask_b, other=0)
+        lengths = tl.load(lengths_ptr + b0 + b, mask=mask_b, other=0).to(tl.int32)
         zeros = tl.zeros_like(lengths)  # a comparison joins a mask only as a tensor of its shape
-        T = tl.load(lengths_ptr + b0)  # lengths fall: no row of this tile is longer
+        T = tl.load(lengths_ptr + b0).to(tl.int32)  # lengths fall: no row of this tile is longer
     # direction 0 went up in time, so back means down
     t = (1 - direction) * (T - 1)
     step = 2 * direction - 1

@@ -26,7 +26,7 @@ def backward_resident(
     w_hh_ptr,  # [D, 4H, H]
     dgates_ptr,  # [N, D*4H]
     dc0_ptr,  # [D, B, H]
-    lengths_ptr,  # [B] int32, falling; not touched without VARLEN
+    lengths_ptr,  # [B] int64, falling; not touched without VARLEN
     offsets_ptr,  # [T] int64; not touched without VARLEN
     T,
     B,
@@ -66,9 +66,9 @@ def backward_resident(
     c0 = tl.load(c0_ptr + offs_state, mask=mask, other=0.0).to(tl.float32)
 
     if VARLEN:
-        lengths = tl.load(lengths_ptr + pid_b * BLOCK_B + b, mask=mask_b, other=0)
+        lengths = tl.load(lengths_ptr + pid_b * BLOCK_B + b, mask=mask_b, other=0).to(tl.int32)
         zeros = tl.zeros_like(lengths)  # a comparison joins a mask only as a tensor of its shape
-        T = tl.load(lengths_ptr + pid_b * BLOCK_B)  # lengths fall: no row of this tile is longer
+        T = tl.load(lengths_ptr + pid_b * BLOCK_B).to(tl.int32)  # lengths fall: no row of this tile is longer
     # direction 0 went up in time, so back means down
     t = (1 - direction) * (T - 1)
     step = 2 * direction - 1

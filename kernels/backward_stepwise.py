@@ -21,7 +21,7 @@ def backward_stepwise(
     c0_ptr,  # [D, B, H]
     w_hh_ptr,  # [D, 4H, H]
     dgates_ptr,  # [N, D*4H]
-    lengths_ptr,  # [B] int32, falling; not touched without VARLEN
+    lengths_ptr,  # [B] int64, falling; not touched without VARLEN
     offsets_ptr,  # [T] int64; not touched without VARLEN
     s,
     T,
@@ -57,7 +57,7 @@ def backward_stepwise(
     # a row's end in time is its own length
     length = tl.full((BLOCK_B,), 0, tl.int32) + T
     if VARLEN:
-        length = tl.load(lengths_ptr + pid_b * BLOCK_B + b, mask=mask_b, other=0)
+        length = tl.load(lengths_ptr + pid_b * BLOCK_B + b, mask=mask_b, other=0).to(tl.int32)
     has_after = ((after >= 0) & (after < length))[None, :]
     has_before = ((before >= 0) & (before < length))[None, :]
     mask_t = mask & (t < length)[None, :]

@@ -148,7 +148,7 @@ def forward_persistent(
     cells_ptr,  # [N, D*H], float32; not touched without SAVE
     exchange_ptr,  # [2, groups, BLOCK_B, WIDTH], zeros; of a stack [T + 1, ...]; holds h as the dots take it
     counters_ptr,  # [groups, 32] int32, zeros; a line each, for they are polled
-    lengths_ptr,  # [B] int32, falling; not touched without VARLEN
+    lengths_ptr,  # [B] int64, falling; not touched without VARLEN
     offsets_ptr,  # [T] int64; not touched without VARLEN
     bias_ptr,  # [D - 1, 4H], of the layers above the first; not touched without STACK
     T,
@@ -242,8 +242,8 @@ def forward_persistent(
     arrive(counter, HIP)
 
     if VARLEN:
-        lengths = tl.load(lengths_ptr + b0 + b, mask=mask_b, other=0)
-        T = tl.load(lengths_ptr + b0)  # lengths fall: no row of this tile is longer
+        lengths = tl.load(lengths_ptr + b0 + b, mask=mask_b, other=0).to(tl.int32)
+        T = tl.load(lengths_ptr + b0).to(tl.int32)  # lengths fall: no row of this tile is longer
     t = direction * (T - 1)
     step = 1 - 2 * direction
     t_next = tl.minimum(tl.maximum(t + step, 0), T - 1)

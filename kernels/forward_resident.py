@@ -26,7 +26,7 @@ def forward_resident(
     c_n_ptr,  # [D, B, H]
     gates_ptr,  # [N, D*4H], activated; not touched without SAVE
     cells_ptr,  # [N, D*H], float32; not touched without SAVE
-    lengths_ptr,  # [B] int32, falling; not touched without VARLEN
+    lengths_ptr,  # [B] int64, falling; not touched without VARLEN
     offsets_ptr,  # [T] int64; not touched without VARLEN
     T,
     B,
@@ -66,8 +66,8 @@ def forward_resident(
     c = tl.load(c0_ptr + offs_state, mask=mask, other=0.0).to(tl.float32)
 
     if VARLEN:
-        lengths = tl.load(lengths_ptr + pid_b * BLOCK_B + b, mask=mask_b, other=0)
-        T = tl.load(lengths_ptr + pid_b * BLOCK_B)  # lengths fall: no row of this tile is longer
+        lengths = tl.load(lengths_ptr + pid_b * BLOCK_B + b, mask=mask_b, other=0).to(tl.int32)
+        T = tl.load(lengths_ptr + pid_b * BLOCK_B).to(tl.int32)  # lengths fall: no row of this tile is longer
     t = direction * (T - 1)
     step = 1 - 2 * direction
     t_next = tl.minimum(tl.maximum(t + step, 0), T - 1)

@@ -25,7 +25,7 @@ def forward_stepwise(
     output_ptr,  # [N, D*H]
     gates_ptr,  # [N, D*4H], activated; not touched without SAVE
     cells_ptr,  # [N, D*H], float32; not touched without SAVE
-    lengths_ptr,  # [B] int32, falling; not touched without VARLEN
+    lengths_ptr,  # [B] int64, falling; not touched without VARLEN
     offsets_ptr,  # [T] int64; not touched without VARLEN
     s,
     T,

@@ -17,7 +17,7 @@ import triton
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..packing import first_rows, on_device, previous, spans
+from ..packing import first_rows, previous, spans
 from ..plans import PERSISTENT_REGISTERS, Plan, choose
 from ..problem import Device, Problem, allows_tf32, device_of, limit_processors
 from .backward_persistent import backward_persistent
@@ -46,7 +46,6 @@ def lstm_forward(
     Raises:
         RuntimeError: gates_x or w_hh do not have the sizes that c0 tells; the kernels would read past their end.
     """
-    batch_sizes = on_device(batch_sizes, gates_x.device)
     if w_hr is None:
         return _forward(gates_x, h0, c0, w_hh, batch_sizes, save, plan=plan)
     # h = m W_hr^T, so the recurrence runs on m with W_eff = W_hh W_hr; h0 has no m and enters step 0's gates
@@ -72,7 +71,6 @@ def lstm_backward(
     plan: Plan | str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run one layer's recurrence back: `reference.lstm_backward` says what it takes and returns, `plan` is as above."""
-    batch_sizes = on_device(batch_sizes, gates.device)
     if w_hr is None:
         dgates, dc0 = _backward(d_output, dh_n, dc_n, gates, cells, c0, w_hh, batch_sizes, plan=plan)
         return dgates, dc0, d_output.new_empty(0)
@@ -240,8 +238,7 @@ def prepare(
         plan = choose(problem, device, backward, plan or "")
     lengths = offsets = None
     if batch_sizes is not None:
-        lengths, offsets = spans(batch_sizes, B)
-        lengths = lengths.to(torch.int32)
+        lengths, offsets = spans(batch_sizes, B, c0.device)
     return plan, {
         "lengths_ptr": lengths,
         "offsets_ptr": offsets,

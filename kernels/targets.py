@@ -50,7 +50,7 @@ TYPES = {
     "c_ptr": "*fp32",
     "dc_ptr": "*fp32",
     "counters_ptr": "*i32",
-    "lengths_ptr": "*i32",
+    "lengths_ptr": "*i64",
     "offsets_ptr": "*i64",
     "s": "i32",
     "T": "i32",

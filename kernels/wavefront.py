@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, pad
 
-from ..packing import on_device
 from ..plans import Plan
 from .backward_persistent import backward_persistent
 from .forward_persistent import forward_persistent
@@ -63,7 +62,6 @@ def stack_forward(
         unless `save`.
     """
     L, B, H = c0.shape
-    batch_sizes = on_device(batch_sizes, c0.device)
     N, dtype = gates_x.shape[0], gates_x.dtype
     T = steps(N, B, batch_sizes)
     plan, common = prepare(T, c0, dtype, batch_sizes, plan, backward=False, stack=True)
@@ -122,7 +120,6 @@ def stack_backward(
     `stack_forward`.
     """
     L, B, H = c0.shape
-    batch_sizes = on_device(batch_sizes, c0.device)
     T = steps(len(gates), B, batch_sizes)
     plan, common = prepare(T, c0, gates.dtype, batch_sizes, plan, backward=True, stack=True)
     if plan.regime != "wavefront":
