@@ -28,7 +28,7 @@ VISIBLE = [
     "no block barrier before the arrive",
 ]
 EARLY = "stores of other waves under way"
-TYPES = {"cells": "*fp32", "counters": "*i32", "values": "*i32", "result": "*i32", "lengths": "*i32", "offsets": "*i64"}
+TYPES = {"cells": "*fp32", "counters": "*i32", "values": "*i32", "result": "*i32", "lengths": "*i64", "offsets": "*i64"}
 CONSTEXPRS = {
     "H": 64,
     "BLOCK_H": 16,
