@@ -79,6 +79,22 @@ def test_any_subset_gets_the_same_gradients(subset):
     assert_close(got, {name: full[name] for name in got}, dtype=torch.float64)
 
 
+@pytest.mark.parametrize("P", [0, 2])
+@pytest.mark.parametrize("part", [(0,), (1,), (2,), (0, 1), (0, 2), (1, 2)], ids=str)
+def test_a_loss_on_a_part_of_the_results(part, P):
+    stock, x, hx = make_layer_inputs(**SHAPE, P=P)
+    assert isinstance(x, torch.Tensor)
+    found = []
+    for module in (stock, Layer(stock)):
+        inputs = [t.detach().clone().requires_grad_() for t in (x, *hx)]
+        output, states = module(inputs[0], tuple(inputs[1:]))
+        results = (output, *states)
+        loss = torch.stack([(results[k] ** 3).sum() for k in part]).sum()
+        found.append(torch.autograd.grad(loss, [*inputs, *module.parameters()]))
+    for got, expected in zip(*found, strict=True):
+        torch.testing.assert_close(got, expected)
+
+
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
 def test_nothing_is_saved_without_grad(context):
     stock, x, hx = make_layer_inputs(**SHAPE)

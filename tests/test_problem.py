@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -34,3 +37,13 @@ def test_where_the_makers_name_stands(monkeypatch):
     assert "GenuineIntel" in problem._cpu_names()
     monkeypatch.delenv("PROCESSOR_IDENTIFIER")
     assert problem._cpu_names() == ""
+
+
+def test_tf32_is_what_torch_allows_its_rnns():
+    """In a process of its own: what torch was told by one API, its older one refuses to tell."""
+    code = (
+        "import torch; from fastlstm.problem import allows_tf32; cudnn = torch.backends.cudnn; assert allows_tf32()\n"
+        "cudnn.conv.fp32_precision = 'ieee'; assert allows_tf32()\n"
+        "cudnn.rnn.fp32_precision = 'ieee'; assert not allows_tf32()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
