@@ -86,14 +86,14 @@ def choose_cuts(sizes: list[int], I: int, H: int, dtype: torch.dtype, training: 
     """Return (first step, rows active there) of each chunk, and (T, 0) as the last item."""
     N = sum(sizes)
     target = device_of(torch.device("cpu")).target
-    most = _most_places(N, I, H, dtype)
+    most = _most_places(N, I, H, dtype, roomy=training and target == "avx2")
     flops = 8 * H * (I + H)  # of a row
     if training:
         rows = _ROWS_PER_CUT + _FLOPS_PER_CUT / flops
     else:
         rows = _FLOPS_PER_CUT_FORWARD / flops
-        # without AVX-512 its memory was not measured; of dense rows stock may hold little, in one call for all
-        if target != "avx2" and cpu_rules.onednn_has(dtype) and sizes[0] != sizes[-1]:
+        # of dense rows stock may hold little, in one call for all
+        if cpu_rules.onednn_has(dtype) and sizes[0] != sizes[-1]:
             most = max(most, _most_places_forward(N, I, H, dtype))
     if dtype == torch.bfloat16 and target == "amx":
         rows *= _ROWS_BY_AMX
@@ -135,10 +135,13 @@ def _keeps_workspaces(N: int, I: int, H: int, dtype: torch.dtype) -> bool:  # no
     return dtype == torch.float32 or (cpu_rules.onednn_has(dtype) and N >= 6 * (I + H))
 
 
-def _most_places(N: int, I: int, H: int, dtype: torch.dtype) -> float:  # noqa: E741
-    """Return how many places a chunk may have: what workspaces and gradients leave of stock's memory; measured."""
+def _most_places(N: int, I: int, H: int, dtype: torch.dtype, roomy: bool) -> float:  # noqa: E741
+    """Return how many places a chunk may have: what workspaces and gradients leave of stock's memory; measured.
+
+    `roomy` tells that the layer's backward holds less of its own, as it does in float32 without AVX-512.
+    """
     if dtype == torch.float32:
-        free = 24 * H * N
+        free = 16 * H * (3 * N - I - H) if roomy else 24 * H * N
     else:
         free = 5 * H * N if _keeps_workspaces(N, I, H, dtype) else H * (16 * N - 28 * (I + H))
     narrow = dtype != torch.float32 and cpu_rules.onednn_has(dtype)
