@@ -111,9 +111,10 @@ def _differentiable(
 def _save_for_backward(ctx: Any, inputs: tuple, output: tuple) -> None:
     """Save for backward.
 
-    Beyond the inputs and the output that the caller holds anyway, a row and direction cost 4H activated gates in the
-    input's dtype and H cells in float32: 20H bytes in float32, 12H in float16 and bfloat16 (40H in float64, whose
-    cells are float64). With `recompute` the gates are not kept: 4H bytes, or nothing where `save` is false.
+    Beyond the inputs and the output that the caller holds anyway (of a stack, its last layer's), a row and direction
+    cost 4H activated gates in the input's dtype and H cells in float32: 20H bytes in float32, 12H in float16 and
+    bfloat16 (40H in float64, whose cells are float64). With `recompute` the gates are not kept: 4H bytes, or nothing
+    where `save` is false.
     """
     x, h0, c0, weights, batch_sizes, save, recompute, backend, stack = inputs
     output_rows, _, _, gates, cells = output

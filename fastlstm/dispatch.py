@@ -172,6 +172,8 @@ def _obstacle_to_triton(problem: Problem, device: Device) -> str:
     if problem.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         dtype = str(problem.dtype).removeprefix("torch.")
         return f"the kernels compute in float32, float16 and bfloat16, not {dtype}; use backend='auto'."
+    if 4 * problem.H**2 >= 1 << 31:
+        return f"hidden_size={problem.H} is too large: the kernels count the elements of weight_hh in 32 bits."
     return ""
 
 

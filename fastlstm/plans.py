@@ -80,6 +80,7 @@ SHARED_MEMORY |= {target: SHARED_MEMORY[other] for target, other in _LIKE.items(
 # missing spills whatever the warps.
 _FORWARD_WARPS = {2: {16: 2, 32: 4, 64: 8, 128: 16}, 4: {16: 4, 32: 4, 64: 8}}  # by bytes of an element
 _BACKWARD_WARPS = {16: 2, 32: 4, 64: 4, 128: 8}
+_LARGEST_SCATTERED = 113  # H up to which rows that are not aligned spill nothing with these
 # RDNA spills sooner
 _FORWARD_WARPS_RDNA = {2: {16: 4, 32: 8, 64: 16}, 4: {16: 4, 32: 16}}
 _BACKWARD_WARPS_RDNA = {16: 4, 32: 16}
@@ -125,11 +126,21 @@ def candidates(problem: Problem, device: Device, backward: bool = False) -> list
         warps = (_FORWARD_WARPS_RDNA if rdna else _FORWARD_WARPS)[min(itemsize, 4)]
     # W_hh lies in shared memory beside, on NVIDIA, the tiles that change layout: a quarter more at most
     shared = 4 * BLOCK_H * BLOCK_H * itemsize * (4 if vendor == "hip" else 5) // 4
-    if BLOCK_H in warps and shared <= SHARED_MEMORY.get(device.target, 64 * 1024):
+    # what reads rows that are not aligned piece by piece has more addresses in registers
+    ragged = problem.H * itemsize % 16 > 0
+    plain = vendor == "cuda" and itemsize == 4 and not problem.tf32  # no matrix unit multiplies it
+    scattered = ragged and problem.H > _LARGEST_SCATTERED  # many, for 16 warps
+    spills = scattered and problem.H % 2 > 0  # for 8 warps, too
+    if BLOCK_H in warps and not spills and shared <= SHARED_MEMORY.get(device.target, 64 * 1024):
+        num_warps = 8 if scattered else warps[BLOCK_H]
+        if ragged and plain and (BLOCK_H == 32 or not backward):
+            num_warps *= 2
         # the matrix units' narrowest tile: the fewer rows a program has, the sooner a step is done
-        return [Plan("resident", BLOCK_H, 16 if vendor == "hip" else 8, BLOCK_H, warps[BLOCK_H])]
-    BLOCK_B = 16 if problem.B <= 16 else 64 if vendor == "cuda" else 32
-    num_warps = 8 if rdna and itemsize == 4 else 4  # float32 without a matrix unit spills in fewer
+        return [Plan("resident", BLOCK_H, 16 if vendor == "hip" else 8, BLOCK_H, num_warps)]
+    # wide tiles of such rows spill in fewer warps (on RDNA in any), and so does RDNA's float32
+    crowded = ragged and problem.B > 16 and not backward and not rdna
+    BLOCK_B = 16 if problem.B <= 16 else 32 if vendor == "hip" or (crowded and plain) else 64
+    num_warps = 8 if crowded or (rdna and itemsize == 4) else 4
     stepwise = Plan("stepwise", 16, BLOCK_B, 128 // itemsize, num_warps, 3 if vendor == "cuda" else 2)
     found = []
     for rows, cost in ((16, 1.0), (32, 1.25)):  # about what a step costs
@@ -258,18 +269,18 @@ def _chunks(H: int, longest: int, whole: bool = False) -> tuple[int, int]:
 def every_plan(dtype: torch.dtype, target: str, tf32: bool = True) -> Iterator[tuple[int, bool, Plan]]:
     """Yield (H, backward, plan) for every plan that `candidates` can return for a dtype on a target, but for `groups`.
 
-    H is the largest that the plan serves (for stepwise plans, which serve any, 4096); for persistent plans the largest
-    of each alignment of its rows, on which the compiled code depends.
+    H is the largest that the plan serves of each alignment of its rows, on which the compiled code depends (for
+    stepwise plans, which serve any, 4096 and what lies under it).
     """
     kind = "hip" if target.startswith("gfx") else "cuda"
     device = Device(kind, target, processors=1024)
     found = {}
-    for H in (*range(1, _LARGEST_STREAMING + 1), 4096):
+    for H in (*range(1, _LARGEST_STREAMING + 1), *range(4096 - 8, 4096 + 1)):
         for B, L in ((16, 1), (1024, 1), (16, 2)):
             for backward in (False, True):
                 problem = Problem(1, B, H, H, L=L, dtype=dtype, tf32=tf32)
                 for plan in candidates(problem, device, backward):
-                    alignment = min(H & -H, 16 // dtype.itemsize) if plan.kernel == "persistent" else 0
+                    alignment = min(H & -H, 16 // dtype.itemsize)
                     found[replace(plan, groups=0), backward, alignment] = H
     yield from ((H, backward, plan) for (plan, backward, _), H in found.items())
 

@@ -93,7 +93,7 @@ class Report:
 
     Attributes:
         registers: of one thread (AMD: vector registers, the accumulators' among them).
-        spills: bytes of a thread (AMD: registers) that did not fit its registers.
+        spills: bytes of a thread that did not fit its registers, and went to memory.
         shared: bytes of shared memory (LDS) of a program.
         matrix: matrix instructions: HMMA, HGMMA, tcgen05 (UTCHMMA in SASS), MFMA, WMMA.
         barriers: block barriers.
@@ -213,7 +213,7 @@ def _inspect_amd(compiled) -> Report:
             loops.append(len(operations) - labels[operands.strip()])
     return Report(
         registers=count["vgpr_count"],
-        spills=count["vgpr_spill_count"] + count["sgpr_spill_count"],
+        spills=count["private_segment_fixed_size"],  # what a scalar register spills goes into a vector's lanes
         shared=compiled.metadata.shared,
         matrix=sum(operation.startswith(("v_mfma", "v_wmma")) for operation in operations),
         barriers=operations.count("s_barrier"),
@@ -236,11 +236,12 @@ def _write(configuration: Configuration, compiled, out: Path) -> None:
             code = compiled.asm[kind]
             path = out / f"{configuration.target}-{configuration.name}.{kind}"
             path.write_bytes(code if isinstance(code, bytes) else code.encode())
-    signature = compiled.src.signature
+    arguments = {name: kind for name, kind in compiled.src.signature.items() if kind != "constexpr"}
     description = {
         "kernel": configuration.kernel,
         "target": configuration.target,
-        "arguments": {name: kind for name, kind in signature.items() if kind != "constexpr"},
+        # the last two are triton's own: null, for no kernel here wants any
+        "arguments": {**arguments, "global_scratch": "*i8", "profile_scratch": "*i8"},
         "constexprs": {compiled.src.fn.arg_names[index[0]]: value for index, value in compiled.src.constants.items()},
         "num_warps": configuration.plan.num_warps,
         "shared": compiled.metadata.shared,

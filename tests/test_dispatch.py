@@ -95,6 +95,8 @@ def test_candidates(gpu):
         assert all(decide(problem(H=H), GPUS[gpu], backend).implementation == backend for backend in found)
     assert has_choice(problem(), GPUS[gpu])
     assert not has_choice(problem(dtype=torch.float64), GPUS[gpu])
+    assert has_choice(problem(H=23170), GPUS[gpu])
+    assert not has_choice(problem(H=23171), GPUS[gpu])
     assert not has_choice(problem(B=0), GPUS[gpu])
     assert not has_choice(problem(), dataclasses.replace(GPUS[gpu], target="sm_75"))
     assert not has_choice(problem(), CPU)

@@ -42,6 +42,28 @@ def test_resident_as_far_as_it_fits(gpu, backward):
                 assert max(H, 16) <= plan.BLOCK_H < 2 * max(H, 16)
 
 
+def test_rows_that_are_not_aligned_have_registers():
+    """As found by compiling: more warps, or another regime, where addresses of single numbers would spill."""
+
+    def plan(H: int, backward: bool = False, **given) -> Plan:
+        return next(
+            plan
+            for plan in candidates(problem(H=H, **{"dtype": torch.bfloat16, **given}), GPUS["H100"], backward)
+            if H < 128 or plan.regime == "stepwise"
+        )
+
+    assert [plan(H).num_warps for H in (100, 113, 114, 120, 126)] == [16, 16, 8, 16, 8]
+    assert {plan(H, backward).regime for H in (115, 127) for backward in (False, True)} == {"persistent"}
+    assert plan(113, backward=True).regime == plan(126, backward=True).regime == "resident"
+    full = {"dtype": torch.float32, "tf32": False}
+    assert [plan(H, **full).num_warps for H in (15, 16, 31, 32, 63, 64)] == [8, 4, 8, 4, 16, 8]
+    assert [plan(H, True, **full).num_warps for H in (15, 31, 32, 63)] == [2, 8, 4, 4]
+    assert plan(63, dtype=torch.float32).num_warps == 8
+    stepwise = (plan(1001, B=64), plan(1000, B=64), plan(1001), plan(1001, True, B=64))
+    assert [wide.num_warps for wide in stepwise] == [8, 4, 4, 4]
+    assert [plan(H, B=64, **full).BLOCK_B for H in (1001, 1000)] == [32, 64]
+
+
 @pytest.mark.parametrize("gpu", GPUS)
 def test_plans_enumerates_what_choose_returns(gpu):
     device = GPUS[gpu]
@@ -49,7 +71,7 @@ def test_plans_enumerates_what_choose_returns(gpu):
         enumerated = {(backward, plan) for _, backward, plan in every_plan(dtype, device.target, tf32)}
         chosen = {
             (backward, dataclasses.replace(plan, groups=0))
-            for H in (*range(1, 1600, 17), 128, 512, 1024, 1536, 4096)
+            for H in (*range(1, 130), *range(130, 1600, 35), 512, 1024, 1536, 4096)
             for B in (1, 16, 17, 1000)
             for L, D in ((1, 1), (1, 2), (2, 1))
             for backward in (False, True)
