@@ -178,6 +178,21 @@ def command(monkeypatch):
     return __main__
 
 
+def test_a_job_that_fails_takes_no_row_with_it(tmp_path, monkeypatch, command, capsys):
+    def fails(*_, **__):
+        raise TypeError("no character model")
+
+    path = tmp_path / "result.json"
+    monkeypatch.setattr(command.charlm, "train", fails)
+    arguments = ["--device=cpu", "--budget=0.01", f"--json={path}", "--filter=^g/dense/fp32/forward|charlm"]
+    with pytest.raises(TypeError, match="no character model"):
+        command.main(arguments)
+    assert "ratio: stock's time" in capsys.readouterr().out
+    assert len(results.load(path)["rows"]) == 1
+    with pytest.raises(TypeError, match="no character model"):
+        command.main([*arguments, "--fresh", "--filter=charlm"])
+
+
 def test_interrupted_run_goes_on(tmp_path, monkeypatch, command):
     path, count = tmp_path / "result.json", []
 
