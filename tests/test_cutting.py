@@ -43,4 +43,8 @@ def test_a_chunk_is_longer_where_there_is_memory_left(target, monkeypatch):
     for I in (64, 128):  # noqa: E741
         assert count(sizes, I, 128, True) == (5 if target == "intel" else 3)
         assert count(sizes, I, 128, False) == 3
+    # large weights beside few rows leave less, and without a graph no more than elsewhere
+    few = [3] * 300 + [1] * 50
+    assert count(few, 300, 208, True) == (5 if target == "intel" else 4)
+    assert count(few, 300, 208, False) == 5
     assert count([16] * 400, 1024, 64, False) > 10  # of a wide input stock holds no copy
