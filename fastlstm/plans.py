@@ -80,7 +80,7 @@ SHARED_MEMORY |= {target: SHARED_MEMORY[other] for target, other in _LIKE.items(
 # missing spills whatever the warps.
 _FORWARD_WARPS = {2: {16: 2, 32: 4, 64: 8, 128: 16}, 4: {16: 4, 32: 4, 64: 8}}  # by bytes of an element
 _BACKWARD_WARPS = {16: 2, 32: 4, 64: 4, 128: 8}
-_LARGEST_SCATTERED = 113  # H up to which rows that are not aligned spill nothing with these
+_LARGEST_RAGGED = 113  # H up to which rows that are not aligned spill nothing with these
 # RDNA spills sooner
 _FORWARD_WARPS_RDNA = {2: {16: 4, 32: 8, 64: 16}, 4: {16: 4, 32: 16}}
 _BACKWARD_WARPS_RDNA = {16: 4, 32: 16}
@@ -116,32 +116,8 @@ def candidates(problem: Problem, device: Device, backward: bool = False) -> list
     """
     if device.target in _LIKE:
         device = replace(device, target=_LIKE[device.target])
-    vendor = "hip" if device.kind == "hip" else "cuda"
-    rdna = vendor == "hip" and not device.target.startswith("gfx9")
-    itemsize = problem.dtype.itemsize
-    BLOCK_H = max(16, 1 << (problem.H - 1).bit_length())
-    if backward:
-        warps = _BACKWARD_WARPS_RDNA if rdna else _BACKWARD_WARPS
-    else:
-        warps = (_FORWARD_WARPS_RDNA if rdna else _FORWARD_WARPS)[min(itemsize, 4)]
-    # W_hh lies in shared memory beside, on NVIDIA, the tiles that change layout: a quarter more at most
-    shared = 4 * BLOCK_H * BLOCK_H * itemsize * (4 if vendor == "hip" else 5) // 4
-    # what reads rows that are not aligned piece by piece has more addresses in registers
-    ragged = problem.H * itemsize % 16 > 0
-    plain = vendor == "cuda" and itemsize == 4 and not problem.tf32  # no matrix unit multiplies it
-    scattered = ragged and problem.H > _LARGEST_SCATTERED  # many, for 16 warps
-    spills = scattered and problem.H % 2 > 0  # for 8 warps, too
-    if BLOCK_H in warps and not spills and shared <= SHARED_MEMORY.get(device.target, 64 * 1024):
-        num_warps = 8 if scattered else warps[BLOCK_H]
-        if ragged and plain and (BLOCK_H == 32 or not backward):
-            num_warps *= 2
-        # the matrix units' narrowest tile: the fewer rows a program has, the sooner a step is done
-        return [Plan("resident", BLOCK_H, 16 if vendor == "hip" else 8, BLOCK_H, num_warps)]
-    # wide tiles of such rows spill in fewer warps (on RDNA in any), and so does RDNA's float32
-    crowded = ragged and problem.B > 16 and not backward and not rdna
-    BLOCK_B = 16 if problem.B <= 16 else 32 if vendor == "hip" or (crowded and plain) else 64
-    num_warps = 8 if crowded or (rdna and itemsize == 4) else 4
-    stepwise = Plan("stepwise", 16, BLOCK_B, 128 // itemsize, num_warps, 3 if vendor == "cuda" else 2)
+    if resident := _resident(problem, device, backward):
+        return [resident]
     found = []
     for rows, cost in ((16, 1.0), (32, 1.25)):  # about what a step costs
         plan = _persistent(problem, device, backward, rows)
@@ -153,8 +129,53 @@ def candidates(problem: Problem, device: Device, backward: bool = False) -> list
     # a step of two weights costs about 1.3 of one
     if together and launches(together, problem) * 1.3 < problem.L * found[0][0]:
         plans.insert(0, together)
+    stepwise = _stepwise(problem, device, backward)
     # a guess: with so many launches in turn, one large GEMM a step is no slower
     return [*plans, stepwise] if found and found[0][0] <= 8 else [stepwise, *plans]
+
+
+def _resident(problem: Problem, device: Device, backward: bool) -> Plan | None:
+    """Return the plan whose programs hold all of W_hh each, or None where that does not fit, or spills."""
+    H, itemsize, hip = problem.H, problem.dtype.itemsize, device.kind == "hip"
+    BLOCK_H = max(16, 1 << (H - 1).bit_length())
+    if backward:
+        warps = _BACKWARD_WARPS_RDNA if _is_rdna(device) else _BACKWARD_WARPS
+    else:
+        warps = (_FORWARD_WARPS_RDNA if _is_rdna(device) else _FORWARD_WARPS)[min(itemsize, 4)]
+    # W_hh lies in shared memory beside, on NVIDIA, the tiles that change layout: a quarter more at most
+    shared = 4 * BLOCK_H * BLOCK_H * itemsize * (4 if hip else 5) // 4
+    if BLOCK_H not in warps or shared > SHARED_MEMORY.get(device.target, 64 * 1024):
+        return None
+    num_warps = warps[BLOCK_H]
+    if _is_ragged(problem):
+        if H > _LARGEST_RAGGED:  # too many addresses for 16 warps, and for 8 where each is of a single number
+            if H % 2:
+                return None
+            num_warps = 8
+        if not hip and itemsize == 4 and (BLOCK_H == 32 if backward else not problem.tf32):
+            num_warps *= 2
+    # the matrix units' narrowest tile: the fewer rows a program has, the sooner a step is done
+    return Plan("resident", BLOCK_H, 16 if hip else 8, BLOCK_H, num_warps)
+
+
+def _stepwise(problem: Problem, device: Device, backward: bool) -> Plan:
+    """Return the plan of one launch a step, which serves any size."""
+    itemsize, hip, rdna = problem.dtype.itemsize, device.kind == "hip", _is_rdna(device)
+    plain = not hip and itemsize == 4 and not problem.tf32  # no matrix unit multiplies it
+    # wide tiles of ragged rows spill in fewer warps (on RDNA in any), and so does RDNA's float32
+    crowded = problem.B > 16 and _is_ragged(problem) and not backward and not rdna
+    BLOCK_B = 16 if problem.B <= 16 else 32 if hip or (crowded and plain) else 64
+    num_warps = 8 if crowded or (rdna and itemsize == 4) else 4
+    return Plan("stepwise", 16, BLOCK_B, 128 // itemsize, num_warps, 2 if hip else 3)
+
+
+def _is_ragged(problem: Problem) -> bool:
+    """Whether rows are not aligned: they are read piece by piece, each with an address in registers."""
+    return problem.H * problem.dtype.itemsize % 16 > 0
+
+
+def _is_rdna(device: Device) -> bool:
+    return device.kind == "hip" and not device.target.startswith("gfx9")
 
 
 def launches(plan: Plan, problem: Problem) -> int:
@@ -202,7 +223,7 @@ def _persistent(problem: Problem, device: Device, backward: bool, BLOCK_B: int, 
     if itemsize == 4 and device.kind == "cuda" and not problem.tf32:
         return None  # no matrix unit of NVIDIA's multiplies float32, and W_hh spills as an operand of plain FMAs
     wide = BLOCK_B > 16
-    ragged = H * itemsize % 16 > 0  # rows of gates are not aligned: read in smaller pieces, more addresses in registers
+    ragged = _is_ragged(problem)
     largest = _LARGEST_PERSISTENT.get(target, {}).get(itemsize, (0, 0, 0))[wide * (1 + ragged)]
     held = 2 * H if layers > 1 else H  # columns: in a stack W_ih stands beside W_hh
     shared = SHARED_MEMORY.get(target, 0) // 1024
