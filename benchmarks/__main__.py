@@ -101,30 +101,29 @@ def main(arguments: list[str] | None = None) -> int:
         console.out(f"{kept} rows of {path} come from the same code and machine and are kept; --fresh measures again\n")
 
     begin = time.perf_counter()
-    failure = None
     try:
         with Meter(device) as peak:
             run(result, path, selected, wants_job, options, console, peak)
     except KeyboardInterrupt:
         console.print("[bold]interrupted[/]: what was measured so far follows; the same command goes on from here\n")
-    except Exception as error:
-        failure = error
-        console.print("[bold]failed[/]: what was measured so far follows, then the error\n")
-    if not (result["rows"] or result["jobs"]):
-        if failure is not None:
-            raise failure
+    finally:  # an error loses nothing of it either
+        if measured := bool(result["rows"] or result["jobs"]):
+            print_report(result, console)
+            files = write(result, path)
+            console.out(f"\n{time.perf_counter() - begin:.0f} s. {files}", highlight=False)
+    if not measured:
         console.out(f"nothing was measured, so {path} is not written")
         return 2
-    print_report(result, console)
+    return int(any(name == OURS for name, _ in refusals(result)))
+
+
+def write(result: Result, path: Path) -> str:
+    """Write the figures, their tables, picture and page; return a sentence that names the files."""
     save(result, path)
     picture = draw(result, path.with_suffix(".png"))
     page = write_page(result, path.with_suffix(".html"))
-    seconds = time.perf_counter() - begin
     files = " ".join(str(file) for file in (path, path.with_suffix(".md"), picture) if file)
-    console.out(f"\n{seconds:.0f} s. Figures: {files}\nPage: {page.resolve().as_uri()}", highlight=False)
-    if failure is not None:
-        raise failure
-    return int(any(name == OURS for name, _ in refusals(result)))
+    return f"Figures: {files}\nPage: {page.resolve().as_uri()}"
 
 
 def select(suite: str, options: argparse.Namespace, device: torch.device) -> list[Workload]:

@@ -164,15 +164,12 @@ def _differentiate(
     """Return the gradients of x, h0, c0 and each weight, None where there is no need of one."""
     x, h0, c0, batch_sizes, output, gates, cells, *weights = ctx.saved_tensors
     d_output, dh_n, dc_n, *_ = cotangents
-    if d_output is None:
-        d_output = torch.zeros_like(output)
-    if dc_n is None:
-        dc_n = torch.zeros_like(c0)
-    if dh_n is None:  # most often none is given of either, and a tensor less to fill is a launch less
-        dh_n = dc_n if cotangents[2] is None and h0.shape == c0.shape else torch.zeros_like(h0)
+    if dh_n is None and dc_n is None and h0.shape == c0.shape:  # most often so: a tensor less to fill is a launch less
+        dh_n = dc_n = torch.zeros_like(c0)
+    of_results = (_or_zeros(d_output, output), _or_zeros(dh_n, h0), _or_zeros(dc_n, c0))
     flat = spread(weights, len(h0))
     needs = (*needs, *(bool(need) for need in spread(needs_weights, len(h0))))
-    arguments = ((d_output, dh_n, dc_n), (x, h0, c0, *flat), needs)
+    arguments = (of_results, (x, h0, c0, *flat), needs)
     if torch.is_grad_enabled() or tracing.need_plain_ops(cotangents):
         gradients = differentiable_backward(*arguments, batch_sizes, ctx.stack)
     else:
@@ -186,6 +183,10 @@ def _differentiate(
             gradients = _gradients(*arguments, (output, gates, cells), batch_sizes, ctx.backend, ctx.stack)
     there = [weight is not None for weight in flat]
     return [*gradients[:3], *itertools.compress(gradients[3:], there)]
+
+
+def _or_zeros(cotangent: Tensor | None, like: Tensor) -> Tensor:
+    return torch.zeros_like(like) if cotangent is None else cotangent
 
 
 def _gradients(

@@ -58,9 +58,8 @@ def test_rows_that_are_not_aligned_have_registers():
     full = {"dtype": torch.float32, "tf32": False}
     assert [plan(H, **full).num_warps for H in (15, 16, 31, 32, 63, 64)] == [8, 4, 8, 4, 16, 8]
     assert [plan(H, True, **full).num_warps for H in (15, 31, 32, 63)] == [2, 8, 4, 4]
-    tf32 = {"dtype": torch.float32}
-    assert [plan(H, **tf32).num_warps for H in (31, 63)] == [4, 8]
-    assert [plan(H, True, **tf32).num_warps for H in (15, 31, 32, 63)] == [2, 8, 4, 4]
+    assert [plan(H, dtype=torch.float32).num_warps for H in (31, 63)] == [4, 8]
+    assert [plan(H, True, dtype=torch.float32).num_warps for H in (15, 31, 32, 63)] == [2, 8, 4, 4]
     stepwise = (plan(1001, B=64), plan(1000, B=64), plan(1001), plan(1001, True, B=64))
     assert [wide.num_warps for wide in stepwise] == [8, 4, 4, 4]
     assert [plan(H, B=64, **full).BLOCK_B for H in (1001, 1000)] == [32, 64]
