@@ -117,6 +117,15 @@ def test_calls_that_are_traced_or_transformed_never_time(card, monkeypatch):
         lstm(x)
 
 
+@pytest.mark.parametrize("given", [{}, {"dropout": 0.5}, {"bidirectional": True, "proj_size": 2}], ids=str)
+def test_what_is_timed_is_the_call(given, card, monkeypatch):
+    asked = []
+    monkeypatch.setattr(tuning, "times", lambda problem, *_: asked.append(problem) or ())
+    decision = fastlstm.explain(fastlstm.LSTM(3, 4, num_layers=2, **given), torch.randn(5, 2, 3))
+    assert asked == [decision.problem]
+    assert decision.problem.apart == ("dropout" in given)
+
+
 def test_packed_calls_time(card):
     lstm = fastlstm.LSTM(3, 4)
     with torch.no_grad():
