@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import torch
 
-from fastlstm.problem import Problem
+from fastlstm.problem import Device, Problem
 from fastlstm.reference import accumulation_dtype
 
 # dtypes in 16 bit in which oneDNN has a product for this processor; asked once, for a tracer could not
@@ -23,9 +23,9 @@ _MULTIPLIED = {
 }
 
 
-def choose(p: Problem, target: str) -> tuple[str, str, str]:
-    """Return (backend, regime, reason) of a problem on a CPU, by its target as `problem.Device` names it."""
-    target = _target_for(p.dtype, target)
+def choose(p: Problem, device: Device) -> tuple[str, str, str]:
+    """Return (backend, regime, reason) of a problem on a CPU."""
+    target, threads = _target_for(p.dtype, device.target), device.processors
     if p.B == 0:
         return "torch", "stock", "The batch has no rows."
     # stock, too, sees that a packed batch with one run is dense
@@ -37,9 +37,9 @@ def choose(p: Problem, target: str) -> tuple[str, str, str]:
             return "onednn", "chunks", "oneDNN does an odd number of inputs without AMX; chunks make it even."
         return "torch", "stock", "Stock's own op runs a dense batch in one oneDNN call a layer."
     if p.dtype in (torch.float16, torch.bfloat16) and not onednn_has(p.dtype):
-        return _choose_without_layer(p, target)
+        return _choose_without_layer(p, target, threads)
     if onednn_has(p.dtype):
-        if _chunks_pay(p, target):
+        if _chunks_pay(p, target, threads):
             return "onednn", "chunks", "Stock would go step by step; chunks of steps run as dense oneDNN layers."
         why = "The steps are large, or few"
     else:
@@ -50,7 +50,7 @@ def choose(p: Problem, target: str) -> tuple[str, str, str]:
     return "torch", "stock", f"{why}; stock's own loop is as fast as any."
 
 
-def _choose_without_layer(p: Problem, target: str) -> tuple[str, str, str]:
+def _choose_without_layer(p: Problem, target: str, threads: int) -> tuple[str, str, str]:
     """Return (backend, regime, reason) on a CPU for a dtype in 16 bit where stock goes step by step, dense or not.
 
     Where the dtype `is_widened`, torch multiplies such numbers one at a time, so float32 pays for all but the smallest
@@ -58,7 +58,7 @@ def _choose_without_layer(p: Problem, target: str) -> tuple[str, str, str]:
     """
     widened = is_widened(p.dtype)
     dear = widened and p.P and p.H > 64  # W_hh W_hr, which chunks need
-    if onednn_has(torch.float32) and not dear and _chunks_pay(p, target):
+    if onednn_has(torch.float32) and not dear and _chunks_pay(p, target, threads):
         return "onednn", "chunks", "This processor is slow in this dtype; oneDNN's layer runs in float32, in chunks."
     fewest, least = (8, 1 << 17) if p.training else (16, 1 << 18)
     enough = (p.training and p.T >= 12) or (fewest <= p.T * p.B and least <= p.T * _products(p))
@@ -68,33 +68,40 @@ def _choose_without_layer(p: Problem, target: str) -> tuple[str, str, str]:
     return "torch", "stock", "The call is over before float32 copies of the weights would pay."
 
 
-def _chunks_pay(p: Problem, target: str) -> bool:
+def _chunks_pay(p: Problem, target: str, threads: int) -> bool:
     """Whether oneDNN's layer, called for chunks of steps, beats a loop over the steps.
 
     It does so while a step is small and steps are many.
     """
-    rules = {"avx2": _chunks_pay_without_avx512, "intel": _chunks_pay_on_intel, "amx": _chunks_pay_by_amx}
+    if target == "avx2":
+        return _chunks_pay_without_avx512(p, threads)
+    rules = {"intel": _chunks_pay_on_intel, "amx": _chunks_pay_by_amx}
     return rules.get(target, _chunks_pay_elsewhere)(p)
 
 
-def _chunks_pay_without_avx512(p: Problem) -> bool:
+def _chunks_pay_without_avx512(p: Problem, threads: int) -> bool:
     """As `_chunks_pay`, in 16 bit too, which is widened: there the layer goes step by step, by a GEMM like MKL's.
 
-    On the 1100 shapes that it was fitted to, the choice is within 2 to 4 % of the best for each, and 6 % in the
-    smallest calls without a backward pass.
+    It shares out all its work among threads, of a loop only the products are large enough for that. On the 1900 shapes
+    that this was fitted to, with one thread and with two, the choice is within 2 to 5 % of the best for each.
     """
-    shortest = 12 if p.training else 24 if is_widened(p.dtype) else 44
-    if shortest > p.T or 16 * p.H < p.I:
+    widened = is_widened(p.dtype)
+    if 16 * p.H < p.I:
         return False
-    # in training they hold the weights and gradients of them twice, in float32: not where that exceeds what steps save
-    rows = (4 if is_widened(p.dtype) else 2) * (p.I + p.H)
-    if p.training and p.H * (rows - p.T * p.B) > 1 << 15:
-        return False
-    if p.P:
-        return (16 if p.training else 4) * p.T >= p.B * (p.I + p.P)
     if p.training:
-        return _products(p) <= p.T << 10 if is_widened(p.dtype) else p.B * (p.I + p.H) <= p.T << 6
-    return p.T * max(100, p.H) >= 400 * p.B  # where H is large the loop's weights do not fit a cache
+        # they hold the weights and gradients of them twice, in float32: not where that exceeds what steps save
+        rows = (4 if widened else 2) * (p.I + p.H)
+        if p.T < 12 or p.H * (rows - p.T * p.B) > 1 << 15:
+            return False
+        if p.P:
+            return 16 * p.T >= p.B * (p.I + p.P)
+        return _products(p) <= p.T << 10 if widened else p.B * (p.I + p.H) <= p.T << 6
+    if p.P:
+        return p.T >= 44 and p.H <= 8 * p.P and (8 if threads > 1 else 4) * p.T >= p.B * (p.I + p.P)
+    if not widened and _copies_are_dear(p, 1 << 16, 2):
+        return False
+    size = p.T * max(64, p.H)  # where H is large the loop's weights do not fit a cache
+    return size >= 1 << 12 and size >= (40 if threads > 1 else 150) * p.B
 
 
 def _chunks_pay_on_intel(p: Problem) -> bool:

@@ -103,7 +103,7 @@ input_size=3, hidden_size=4, num_layers=1, directions=1.
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
 
     if backend == "auto" and device.kind == "cpu":
-        backend, regime, reason = cpu_rules.choose(problem, device.target)
+        backend, regime, reason = cpu_rules.choose(problem, device)
         return Decision(backend, regime, reason, problem, device)
     if backend == "auto" and all(ms == math.inf for _, ms in times):
         backend, regime, reason = _decide_gpu(problem, device)

@@ -60,7 +60,7 @@ class Device:
         target: the compile target: "sm_90", "gfx942", ...; of a CPU "avx2" where it has no AVX-512, "intel" where
             MKL is at its best, "amx" where it also multiplies bfloat16 in tiles, or "cpu"; else the kind.
         name: as the vendor names it.
-        processors: multiprocessors (of a MIG or MPS share: those it was given), 0 where that does not matter.
+        processors: multiprocessors (of a MIG or MPS share: those it was given); of a CPU the threads that torch uses.
     """
 
     kind: str
@@ -84,10 +84,10 @@ def device_of(device: torch.device | Tensor) -> Device:
     """
     if isinstance(device, Tensor):
         if device.is_cpu:  # sooner asked than its device: 1 % of the smallest training step
-            return _cpu()
+            return _cpu(torch.get_num_threads())
         device = device.device
     if device.type == "cpu":
-        return _cpu()
+        return _cpu(torch.get_num_threads())
     if device.type != "cuda":
         return Device(device.type, device.type)
     index = torch.cuda.current_device() if device.index is None else device.index
@@ -129,12 +129,14 @@ def cpu_capability() -> str:
 
 
 @functools.cache
-def _cpu() -> Device:
+def _cpu(threads: int) -> Device:
     if torch.backends.cpu.get_cpu_capability() == "AVX2":
-        return Device("cpu", "avx2", "CPU")
-    if not torch.backends.mkl.is_available() or "GenuineIntel" not in _cpu_names():
-        return Device("cpu", "cpu", "CPU")
-    return Device("cpu", "amx" if torch.cpu._is_amx_tile_supported() else "intel", "CPU")
+        target = "avx2"
+    elif not torch.backends.mkl.is_available() or "GenuineIntel" not in _cpu_names():
+        target = "cpu"
+    else:
+        target = "amx" if torch.cpu._is_amx_tile_supported() else "intel"
+    return Device("cpu", target, "CPU", threads)
 
 
 def _cpu_names() -> str:

@@ -26,8 +26,8 @@ def multiplies(monkeypatch):
     return set_dtypes
 
 
-def decide_with(target, changes):
-    return decide(Problem(**{**vars(PACKED), **changes}), Device("cpu", target)).backend
+def decide_with(target, changes, threads=1):
+    return decide(Problem(**{**vars(PACKED), **changes}), Device("cpu", target, processors=threads)).backend
 
 
 @pytest.mark.parametrize(
@@ -87,19 +87,29 @@ def test_auto_on_a_cpu(backend, changes):
         ("onednn", {"B": 10, "I": 256, "H": 256}),
         ("onednn", {"T": 400, "I": 256, "H": 16, "B": 8}),
         ("reference", {"T": 400, "I": 257, "H": 16, "B": 8}),
-        ("torch", {"T": 43, "B": 2, "training": False}),
-        ("onednn", {"T": 44, "B": 2, "training": False}),
-        ("torch", {"T": 49, "training": False}),
-        ("onednn", {"T": 50, "training": False}),
-        ("onednn", {"T": 50, "B": 32, "H": 256, "training": False}),
-        ("torch", {"T": 50, "B": 33, "H": 256, "training": False}),
-        ("torch", {"T": 99, "B": 39, "training": False}),
-        ("reference", {"T": 99, "B": 40, "training": False}),
-        ("reference", {"T": 48, "B": 40, "training": False}),
-        ("torch", {"T": 47, "B": 40, "training": False}),
-        ("torch", {"B": 40, "I": 257, "training": False}),
+        ("torch", {"T": 31, "B": 2, "training": False}),
+        ("onednn", {"T": 32, "B": 2, "training": False}),
+        ("torch", {"T": 63, "B": 2, "H": 16, "training": False}),
+        ("onednn", {"T": 64, "B": 2, "H": 16, "training": False}),
+        ("onednn", {"T": 400, "I": 256, "H": 16, "B": 8, "training": False}),
+        ("torch", {"T": 400, "I": 257, "H": 16, "B": 8, "training": False}),
+        ("torch", {"T": 39, "H": 256, "training": False}),
+        ("onednn", {"T": 40, "H": 256, "training": False}),
+        ("onednn", {"B": 85, "training": False}),
+        ("reference", {"B": 86, "training": False}),
+        ("reference", {"B": 86, "I": 256, "training": False}),
+        ("torch", {"B": 86, "I": 257, "training": False}),
+        ("onednn", {"T": 47, "B": 40, "training": False}),
+        ("torch", {"T": 47, "B": 41, "training": False}),
+        ("reference", {"T": 48, "B": 41, "training": False}),
+        ("reference", {"T": 80, "B": 40, "H": 64, "training": False}),
+        ("torch", {"T": 80, "B": 39, "H": 64, "training": False}),
         ("onednn", {"T": 512, "P": 64, "training": False}),
         ("torch", {"T": 511, "P": 64, "training": False}),
+        ("onednn", {"T": 44, "B": 1, "P": 64, "training": False}),
+        ("torch", {"T": 43, "B": 1, "P": 64, "training": False}),
+        ("onednn", {"T": 512, "B": 2, "P": 16, "training": False}),
+        ("torch", {"T": 512, "B": 2, "P": 15, "training": False}),
         ("torch", {"dtype": torch.float64, "T": 11}),
         ("reference", {"dtype": torch.float64, "T": 12}),
         ("torch", {"dtype": torch.float64, "training": False}),
@@ -109,6 +119,21 @@ def test_auto_on_a_cpu(backend, changes):
 @pytest.mark.usefixtures("multiplies")
 def test_auto_without_avx512(backend, changes):
     assert decide_with("avx2", changes) == backend
+
+
+@pytest.mark.parametrize(
+    ("backend", "changes"),
+    [
+        ("onednn", {"B": 320}),
+        ("reference", {"B": 321}),
+        ("onednn", {"T": 256, "P": 64}),
+        ("torch", {"T": 255, "P": 64}),
+    ],
+    ids=str,
+)
+@pytest.mark.usefixtures("multiplies")
+def test_auto_without_avx512_in_threads(backend, changes):
+    assert decide_with("avx2", {**changes, "training": False}, threads=2) == backend
 
 
 @pytest.mark.parametrize(
@@ -127,12 +152,13 @@ def test_auto_without_avx512(backend, changes):
         ("reference", {"B": 1, "T": 8}),
         ("torch", {"I": 16, "H": 16, "T": 11}),
         ("reference", {"I": 16, "H": 16, "T": 12, "B": 64}),
-        ("reference", {"T": 49, "training": False}),
-        ("onednn", {"T": 50, "training": False}),
+        ("reference", {"T": 31, "training": False}),
+        ("onednn", {"T": 32, "training": False}),
+        ("onednn", {"T": 32, "B": 27, "training": False}),
+        ("reference", {"T": 32, "B": 28, "training": False}),
+        ("onednn", {"T": 16, "B": 1, "H": 256, "training": False}),
         ("torch", {"B": 1, "T": 15, "training": False}),
         ("reference", {"B": 1, "T": 16, "training": False}),
-        ("reference", {"B": 1, "T": 23, "training": False}),
-        ("onednn", {"B": 1, "T": 24, "training": False}),
         ("torch", {"I": 16, "H": 16, "T": 31, "training": False}),
         ("reference", {"I": 16, "H": 16, "T": 32, "training": False}),
     ],

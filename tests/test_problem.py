@@ -22,7 +22,18 @@ def test_the_maker_of_the_processor(text, target, amx, monkeypatch):
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
     for capability, found in (("AVX2", "avx2"), ("AVX512", target)):
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)
-        assert problem._cpu.__wrapped__().target == found
+        assert problem._cpu.__wrapped__(1).target == found
+
+
+def test_a_cpu_has_the_threads_that_torch_uses():
+    threads = torch.get_num_threads()
+    try:
+        for count in (threads + 1, threads):
+            torch.set_num_threads(count)
+            for on in (torch.device("cpu"), torch.empty(0)):
+                assert problem.device_of(on).processors == count
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_where_the_makers_name_stands(monkeypatch):
