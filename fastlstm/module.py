@@ -249,6 +249,9 @@ class LSTMCell(nn.LSTMCell):
             return self._run_stock(input, hx)
         _, (h, c) = functional.forward(*_one_step(self, input, hx, self.backend))
         h, c = h.squeeze(0), c.squeeze(0)
+        if input.is_cpu:  # of stock's cell autocast knows the GEMMs only there, and the states stay in their dtype
+            dtype = torch.promote_types(c.dtype, (input if hx is None else hx[1]).dtype)
+            h, c = h.to(dtype), c.to(dtype)
         return (h, c) if input.dim() == 2 else (h.squeeze(0), c.squeeze(0))
 
     def _run_stock(self, input: Tensor, hx: States | None) -> States:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers import assert_close, run_lstm
 from pairs import BACKENDS, INTERPRETED, STOCK_LSTM, I, make_input, make_pair, make_states
+from torch import nn
 from torch.nn.utils.rnn import pack_sequence
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -71,6 +72,25 @@ def test_results_without_a_graph_have_the_dtypes_of_stock(low, backend):
     with torch.autocast("cpu", low), torch.no_grad():
         (output, states), (expected, expected_states) = ours(x), stock(x)
     assert [t.dtype for t in (output, *states)] == [t.dtype for t in (expected, *expected_states)]
+
+
+@pytest.mark.parametrize("backend", ["auto", *OWN])
+@pytest.mark.parametrize("low", LOW, ids=str)
+def test_a_cells_results_have_the_dtypes_of_stock(low, backend):
+    stock = nn.LSTMCell(3, 4)
+    ours = fastlstm.LSTMCell(3, 4, backend=backend)
+    ours.load_state_dict(stock.state_dict())
+    for x_dtype, state_dtype in itertools.product((torch.float32, low), (None, torch.float32, low)):
+        x = torch.randn(2, 3, dtype=x_dtype)
+        hx = (
+            None
+            if state_dtype is None
+            else (torch.randn(2, 4, dtype=state_dtype), torch.randn(2, 4, dtype=state_dtype))
+        )
+        with torch.autocast("cpu", low):
+            for result, expected in zip(ours(x, hx), stock(x, hx), strict=True):
+                assert result.dtype == expected.dtype, (x_dtype, state_dtype)
+                torch.testing.assert_close(result, expected, atol=2e-2, rtol=2e-2)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
