@@ -40,8 +40,8 @@ def way(device: torch.device) -> str:
 class Meter:
     """Measures the peak of a column's call, beyond what is held before it, its results and gradients included.
 
-    On a CPU with one thread, whatever the times are taken with: the two differ by a few per cent, and the threads of
-    many short-lived processes wait for one another.
+    On a CPU with one thread, and by the route that is taken with one, whatever the times are taken with: the two differ
+    by a few per cent, and the threads of many short-lived processes wait for one another.
     """
 
     def __init__(self, device: torch.device):
