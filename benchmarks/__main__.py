@@ -102,8 +102,8 @@ def main(arguments: list[str] | None = None) -> int:
 
     begin = time.perf_counter()
     try:
-        with Meter(device) as peak:
-            run(result, path, selected, wants_job, options, console, peak)
+        with Meter(device) as meter:
+            run(result, path, selected, wants_job, options, console, meter)
     except KeyboardInterrupt:
         console.print("[bold]interrupted[/]: what was measured so far follows; the same command goes on from here\n")
     finally:  # an error loses nothing of it either
@@ -157,10 +157,10 @@ def run(
     wants_job: bool,
     options: argparse.Namespace,
     console: Console,
-    peak: Meter,
+    meter: Meter,
 ) -> None:
     """Fill `result` and its file row by row, under a progress bar or, where there is no terminal, a line for each."""
-    device = peak.device
+    device = meter.device
     budget_s = BUDGET_S[options.quick] if options.budget is None else options.budget
     steps = JOB_STEPS[options.quick] if options.steps is None else options.steps
     listed = [workload for workloads in selected.values() for workload in workloads]
@@ -188,7 +188,7 @@ def run(
                     continue
                 if SUITES[suite].measure == "speed":
                     for name, column in row["columns"].items():
-                        column["peak_bytes"] = peak(workload, name) if column["ms"] else None
+                        column["peak_bytes"] = meter(workload, name) if column["ms"] else None
                 add(result, row)
                 save(result, path)
                 if not console.is_terminal:

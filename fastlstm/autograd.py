@@ -170,7 +170,8 @@ def _differentiate(
     flat = spread(weights, len(h0))
     needs = (*needs, *(bool(need) for need in spread(needs_weights, len(h0))))
     arguments = (of_results, (x, h0, c0, *flat), needs)
-    if torch.is_grad_enabled() or tracing.need_plain_ops(cotangents):
+    # the adjoint that is written by hand has no conjugates
+    if torch.is_grad_enabled() or tracing.need_plain_ops(cotangents) or x.is_complex():
         gradients = differentiable_backward(*arguments, batch_sizes, ctx.stack)
     else:
         with autocast.off(x.device):

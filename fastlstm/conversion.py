@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from fastlstm import module as ours
+from fastlstm.dispatch import check_backend
 
 # bound here, because users may rebind torch.nn.LSTM to our own class
 _STOCK = {nn.LSTM: ours.LSTM, nn.LSTMCell: ours.LSTMCell}
@@ -70,7 +71,7 @@ def convert(model: nn.Module, backend: str = "auto") -> Report:
         fastlstm: 1 replaced, 0 skipped
           encoder: fastlstm.LSTM(3, 4)
     """
-    ours.check_backend(backend)
+    check_backend(backend)
     report = Report()
     converted = set()
     # the list is complete before anything changes, and a shared module is in it under each of its names

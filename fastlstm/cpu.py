@@ -36,6 +36,7 @@ from fastlstm.ops import as_rows, shaped_as
 from fastlstm.stock import ONEDNN_LSTM
 from fastlstm.weights import DirectionWeights
 
+_autograd = torch._C._autograd  # pyright: ignore[reportAttributeAccessIssue]
 _SATURATED = (-1e30, 1e30, 0.0, -1e30)
 _GATHERED = 1 << 17  # elements that inference may gather at once in any case
 
@@ -136,13 +137,16 @@ class _PackedLayer(torch.autograd.Function):
         writes into its workspace, about 24H bytes in float32 and 17H in bfloat16, where it is kept (`cutting.py`). Its
         backward writes several times as much into the same workspace, so each is dropped as soon as it is used, and
         made again if the graph is walked twice. The space for that is reserved from the start (64H bytes): torch's
-        profiler counts it, but it is no memory until it is written. What was gathered is gathered again.
+        profiler counts it, but it is no memory until it is written. What was gathered is gathered again. Hooks of saved
+        tensors, as a checkpoint has them, see workspaces too.
         """
         output, h_n, c_n, states, workspaces = _forward(as_rows(x), h0, c0, flat, chunks, dtype)
         output = shaped_as(output, x)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, h0, c0, batch_sizes, *flat, output, *itertools.chain.from_iterable(states))
-        ctx.workspaces, ctx.chunks = workspaces, chunks
+        hooked = _autograd._top_saved_tensors_default_hooks(True) is not None
+        ctx.workspaces, shown = (None, workspaces) if hooked else (workspaces, [])
+        ctx.save_for_backward(x, h0, c0, batch_sizes, *flat, output, *itertools.chain.from_iterable(states), *shown)
+        ctx.chunks = chunks
         return output, h_n, c_n
 
     @staticmethod
@@ -159,8 +163,10 @@ class _PackedLayer(torch.autograd.Function):
         if torch.is_grad_enabled() or tracing.need_plain_ops(cotangents):
             gradients = autograd.differentiable_backward((d_output, dh_n, dc_n), inputs, needs, batch_sizes)
         else:
-            around = [states[k : k + 4] for k in range(0, len(states), 4)]
-            saved = (as_rows(output), around, ctx.workspaces, ctx.chunks)
+            count = sum(map(len, ctx.chunks))
+            around = [states[4 * k : 4 * k + 4] for k in range(count)]
+            workspaces = states[4 * count :] if ctx.workspaces is None else ctx.workspaces
+            saved = (as_rows(output), around, workspaces, ctx.chunks)
             with autocast.off(x.device):  # a workspace that is made again is made as forward would
                 rows = (as_rows(x), *inputs[1:])
                 dx, *gradients = _backward((as_rows(d_output), dh_n, dc_n), rows, needs, *saved)

@@ -22,12 +22,16 @@ _MULTIPLIED = {
     if torch.backends.mkldnn.is_available() and getattr(torch.ops.mkldnn, name)()
 }
 
+_LARGE = 1 << 16  # elements of a gate's weights
+
 
 def choose(p: Problem, device: Device) -> tuple[str, str, str]:
     """Return (backend, regime, reason) of a problem on a CPU."""
     target, threads = _target_for(p.dtype, device.target), device.processors
     if p.B == 0:
         return "torch", "stock", "The batch has no rows."
+    if p.dtype.is_complex:
+        return "torch", "stock", "Nothing here is made for complex numbers."
     # stock, too, sees that a packed batch with one run is dense
     if p.runs <= 1 and not p.P and onednn_has(p.dtype, graph=p.training):
         if p.T == 1 and p.B <= 8 and not p.training and p.dtype != torch.float16:
@@ -98,7 +102,7 @@ def _chunks_pay_without_avx512(p: Problem, threads: int) -> bool:
         return _products(p) <= p.T << 10 if widened else p.B * (p.I + p.H) <= p.T << 6
     if p.P:
         return p.T >= 44 and p.H <= 8 * p.P and (8 if threads > 1 else 4) * p.T >= p.B * (p.I + p.P)
-    if not widened and _copies_are_dear(p, 1 << 16, 2):
+    if not widened and _copies_are_dear(p, 2):
         return False
     size = p.T * max(64, p.H)  # where H is large the loop's weights do not fit a cache
     return size >= 1 << 12 and size >= (40 if threads > 1 else 150) * p.B
@@ -117,7 +121,7 @@ def _chunks_pay_on_intel(p: Problem) -> bool:
         fewest = 3 if p.I > p.H else 0  # else two copies of all weights are no more than a loop's W_hh in float32
     else:
         fewest = 6 if narrow else 2
-    if shortest > p.T or _copies_are_dear(p, 1 << 16, fewest):
+    if shortest > p.T or _copies_are_dear(p, fewest):
         return False
     if p.P:
         return _products(p) <= (384 if narrow else 768) * p.T
@@ -147,7 +151,7 @@ def _chunks_pay_by_amx(p: Problem) -> bool:
         return _products(p) <= p.T << 10 and p.H * (p.I + (p.P or p.H)) <= (1 << 13 if p.P else 1 << 14)
     if p.P:
         return _products(p) <= 384 * p.T
-    if _copies_are_dear(p, 1 << 16, 2):
+    if _copies_are_dear(p, 2):
         return False
     # it multiplies by pairs: with an odd H it goes without AMX
     pairs = p.H % 2 == 0 and 256 * p.B <= p.H * p.T and p.I <= 2 * p.H
@@ -168,12 +172,12 @@ def _chunks_pay_elsewhere(p: Problem) -> bool:
     if (1.5 * shortest if p.P else shortest) > p.T or p.H > 4 * p.P > 0:
         return False
     wide = 16 * p.H < p.I or (bf16 and p.I + p.H >= 1024)
-    return not wide and not _copies_are_dear(p, 1 << 16, 5 if bf16 else 4 if p.training else 2)
+    return not wide and not _copies_are_dear(p, 5 if bf16 else 4 if p.training else 2)
 
 
-def _copies_are_dear(p: Problem, largest: int, fewest: int) -> bool:
-    """Whether a gate's weights have more than `largest` elements, and rows are too few to pay for copies of them."""
-    return largest < p.H * (p.I + p.H) and fewest * (p.I + p.H) > p.T * p.B
+def _copies_are_dear(p: Problem, fewest: int) -> bool:
+    """Whether weights are large, and rows too few, not `fewest` for each column of them, to pay for copies of them."""
+    return p.H * (p.I + p.H) > _LARGE and fewest * (p.I + p.H) > p.T * p.B
 
 
 def _products(p: Problem) -> int:

@@ -31,7 +31,8 @@ class Decision:
 
     Attributes:
         backend: "torch" (stock's own op), "onednn" (stock's CPU kernel, called per chunk of steps),
-            "reference" (plain torch, hand-written backward) or "triton".
+            "reference" (plain torch, hand-written backward) or "triton"; under torch.compile also "auto", for what is
+            decided when the compiled code runs.
         regime: how the recurrence is run, e.g. "resident", "stepwise", "chunks", "step", "loop", "stock".
         reason: one sentence.
         times: (candidate, milliseconds) of all that were timed for a problem like this, fastest first; empty where none
@@ -97,8 +98,6 @@ input_size=3, hidden_size=4, num_layers=1, directions=1.
     if backend == "auto":
         backend = override()
         reason = "FASTLSTM_BACKEND asks for it."
-        if backend not in BACKENDS:
-            raise ValueError(f"FASTLSTM_BACKEND must be one of {', '.join(BACKENDS)}, got {backend!r}")
     elif not is_implementation(backend):
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
 
@@ -116,15 +115,33 @@ input_size=3, hidden_size=4, num_layers=1, directions=1.
     backend, _, layout = backend.partition(" ")
     regime = "stock" if backend == "torch" else "loop"
     if backend == "triton":
-        if obstacle := _obstacle_to_triton(problem, device):
-            raise RuntimeError(f"backend='triton' cannot run here: {obstacle}")
+        check_triton(problem.dtype, problem.H, device)
         regime = plans.choose(problem, device, layout=layout).regime
     return Decision(backend, regime, reason, problem, device, times, layout)
 
 
 def override() -> str:
-    """Return what FASTLSTM_BACKEND asks for where a call leaves it to "auto"; that where it is not set."""
-    return os.environ.get("FASTLSTM_BACKEND") or "auto"
+    """Return what FASTLSTM_BACKEND asks for where a call leaves it to "auto"; that where it is not set.
+
+    Raises:
+        ValueError: it is not one of BACKENDS.
+    """
+    backend = os.environ.get("FASTLSTM_BACKEND") or "auto"
+    if backend not in BACKENDS:
+        raise ValueError(f"FASTLSTM_BACKEND must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    return backend
+
+
+def check_backend(backend: str) -> None:
+    """Raise ValueError for an unknown backend."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+
+
+def check_triton(dtype: torch.dtype, H: int, device: Device) -> None:
+    """Raise RuntimeError where the Triton kernels cannot run."""
+    if obstacle := _obstacle_to_triton(dtype, H, device):
+        raise RuntimeError(f"backend='triton' cannot run here: {obstacle}")
 
 
 def is_implementation(text: str) -> bool:
@@ -136,7 +153,7 @@ def is_implementation(text: str) -> bool:
 def has_choice(problem: Problem, device: Device) -> bool:
     """Whether both stock's op and our kernels can run a problem on a GPU."""
     known = device.kind in ("cuda", "hip") and device.target in plans.SHARED_MEMORY
-    return known and problem.B > 0 and not _obstacle_to_triton(problem, device)
+    return known and problem.B > 0 and not _obstacle_to_triton(problem.dtype, problem.H, device)
 
 
 def candidates(problem: Problem, device: Device) -> tuple[str, ...]:
@@ -158,8 +175,8 @@ def decide_layer(problem: Problem, device: Device) -> str:
     return "triton" if has_choice(problem, device) else "reference"
 
 
-def _obstacle_to_triton(problem: Problem, device: Device) -> str:
-    """Return why the Triton kernels cannot run a problem on a device, or ''."""
+def _obstacle_to_triton(dtype: torch.dtype, H: int, device: Device) -> str:
+    """Return why the Triton kernels cannot run on a device, or ''."""
     if not has_triton():
         return "triton is not installed (pip install triton; Linux only)."
     if device.kind == "cpu" and not interpreting():
@@ -169,17 +186,17 @@ def _obstacle_to_triton(problem: Problem, device: Device) -> str:
         )
     if device.kind not in ("cpu", "cuda", "hip"):
         return f"the tensors are on a {device.kind} device; the kernels run on CUDA and ROCm GPUs."
-    if problem.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        dtype = str(problem.dtype).removeprefix("torch.")
-        return f"the kernels compute in float32, float16 and bfloat16, not {dtype}; use backend='auto'."
-    if 4 * problem.H**2 >= 1 << 31:
-        return f"hidden_size={problem.H} is too large: the kernels count the elements of weight_hh in 32 bits."
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        name = str(dtype).removeprefix("torch.")
+        return f"the kernels compute in float32, float16 and bfloat16, not {name}; use backend='auto'."
+    if 4 * H**2 >= 1 << 31:
+        return f"hidden_size={H} is too large: the kernels count the elements of weight_hh in 32 bits."
     return ""
 
 
 def _decide_gpu(problem: Problem, device: Device) -> tuple[str, str, str]:
     """Return (backend, regime, reason) for "auto" on a device other than the CPU."""
-    if obstacle := _obstacle_to_triton(problem, device):
+    if obstacle := _obstacle_to_triton(problem.dtype, problem.H, device):
         return "torch", "stock", f"Stock's own op runs, since {obstacle}"
     if device.target not in plans.SHARED_MEMORY:
         return "torch", "stock", f"Stock's own op runs, since no kernel has been compiled for {device.target}."

@@ -29,7 +29,8 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
 
     On a CPU each direction of a layer becomes oneDNN's `aten::mkldnn_rnn_layer`, whose lengths may be dynamic. What
     oneDNN does not run (float64, float16, a projection), and other devices, get `aten::lstm`, which torch traces for
-    the one length that the program was exported with.
+    the one length that the program was exported with. In bfloat16 the program needs a processor for which oneDNN has
+    it, wherever it was exported.
 
     Returns:
         A decomposition table of one entry. What it makes is for inference.
@@ -70,7 +71,7 @@ def onnx_translations() -> dict[Any, Callable[..., Any]]:
     def layer(x: Any, h0: Any, c0: Any, weights: Any, batch_sizes: Any, *_: Any) -> Any:
         D, _, P = h0.shape
         H = c0.shape[2]
-        _refuse(batch_sizes, H != P and "a projection")
+        _refuse(batch_sizes, "a projection" if H != P else "")
         w_ih, w_hh, b_ih, b_hh, _ = zip(*directions(weights, D), strict=True)
         bias = None
         if b_ih[0] is not None:
@@ -121,7 +122,7 @@ def _in_torch(
     return torch.cat(output, 2), torch.cat(h_n), torch.cat(c_n), *nothing
 
 
-def _refuse(batch_sizes: Any, other: str | bool = False) -> None:
+def _refuse(batch_sizes: Any, other: str = "") -> None:
     """Raise for a layer that has no such form."""
     if what := "packed input" if batch_sizes is not None else other:
         raise NotImplementedError(f"an LSTM with {what} has no form without fastlstm here; see fastlstm.export")

@@ -98,6 +98,7 @@ def lstm(
         >>> torch.allclose(output, stock(x)[0], atol=1e-6)
         True
     """
+    dispatch.check_backend(backend)
     if not 0 <= dropout <= 1:
         raise ValueError(f"dropout should be a number in range [0, 1], got {dropout}")
     checks.check_recompute(recompute, backend)
@@ -216,29 +217,22 @@ def _decide(
     D = 2 if network.bidirectional else 1
     sizes = (T, B, network.input_size, network.hidden_size, network.proj_size, network.num_layers, D)
     backend = network.backend
-    if compiling or (backend == "auto" and tracing.transformed()):
-        problem = Problem(*sizes, data.dtype, training, runs)
-        device = Device(data.device.type, data.device.type)
-        if not compiling:
-            reason = "torch.func and forward-mode AD see into plain torch ops only."
-            return dispatch.Decision("reference", "plain", reason, problem, device)
+    if compiling:
         # one opaque op a layer, which chooses when it runs: no loop is unrolled, and nothing makes a guard on T or B
         chosen = "reference" if backend == "torch" else backend
+        problem, device = Problem(*sizes, data.dtype, training, runs), Device(data.device.type, data.device.type)
         return dispatch.Decision(chosen, "compiled", "torch.compile is tracing.", problem, device)
-    override = dispatch.override() if backend == "auto" else ""
-    if override == "auto" and tracing.recorded():  # then T and B are tensors
-        problem = Problem(*sizes, data.dtype, training, runs)
-        reason = "torch.jit.trace records torch's own op, which takes any lengths and rows."
-        return dispatch.Decision("torch", "stock", reason, problem, device_of(data))
-    if network.recompute and training and backend == "auto":
-        problem = Problem(*sizes, data.dtype, training, runs)
-        device = device_of(data)
-        decision = dispatch.decide(problem, device, dispatch.decide_layer(problem, device))
-        return replace(decision, reason="It can recompute its gates, which stock's op cannot.")
     dtype = autocast.dtype_for(data)
     tf32 = data.is_cuda and (dtype or data.dtype) == torch.float32 and allows_tf32()
     apart = bool((network.dropout and network.training) or (network.recompute and training))
     problem = (*sizes, dtype or data.dtype, training, runs, tf32, apart)
+    override = ""
+    if backend == "auto":
+        override = dispatch.override()
+        recompute = network.recompute and training
+        checks.check_recompute(recompute, override)
+        if (decision := _decide_without_choice(problem, override, recompute, data)) is not None:
+            return decision
     device = device_of(data)
     times: dispatch.Times = ()
     if override == "auto" and device.kind != "cpu":
@@ -250,6 +244,25 @@ def _decide(
     if decision.backend == "onednn" and tracing.watched(data):
         return replace(decision, backend="reference", regime="loop", reason="A tracer or a mode should see one op.")
     return decision
+
+
+def _decide_without_choice(
+    problem: tuple[Any, ...], override: str, recompute: bool, data: Tensor
+) -> dispatch.Decision | None:
+    """Return who runs a call with backend="auto" of which who is the fastest does not matter, or None."""
+    if tracing.transformed():
+        reason = "torch.func and forward-mode AD see into plain torch ops only."
+        return dispatch.Decision("reference", "plain", reason, Problem(*problem), device_of(data))
+    if override != "auto":
+        return None
+    if tracing.recorded():  # then T and B are tensors
+        reason = "torch.jit.trace records torch's own op, which takes any lengths and rows."
+        return dispatch.Decision("torch", "stock", reason, Problem(*problem), device_of(data))
+    if recompute:
+        device = device_of(data)
+        decision = dispatch.decide(Problem(*problem), device, dispatch.decide_layer(Problem(*problem), device))
+        return replace(decision, reason="It can recompute its gates, which stock's op cannot.")
+    return None
 
 
 # the very object of an earlier call: it is made sooner, and looked up sooner by what keeps an answer for it

@@ -89,7 +89,7 @@ class LSTM(nn.RNNBase):
         backend: str = "auto",
         recompute: bool = False,
     ) -> None:
-        check_backend(backend)
+        dispatch.check_backend(backend)
         checks.check_recompute(recompute, backend)
         super().__init__(
             "LSTM",
@@ -237,7 +237,7 @@ class LSTMCell(nn.LSTMCell):
         *,
         backend: str = "auto",
     ) -> None:
-        check_backend(backend)
+        dispatch.check_backend(backend)
         super().__init__(input_size, hidden_size, bias, device, dtype)
         self.backend = backend
 
@@ -329,9 +329,3 @@ def _one_step(
     sizes = (cell.input_size, cell.hidden_size, 0, 1)
     network = functional.Stateless(*sizes, cell.bias, False, 0.0, False, cell.training, backend)
     return network, weights, rows.unsqueeze(0), (states[0].unsqueeze(0), states[1].unsqueeze(0))
-
-
-def check_backend(backend: str) -> None:
-    """Raise ValueError for an unknown backend."""
-    if backend not in dispatch.BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(dispatch.BACKENDS)}, got {backend!r}")

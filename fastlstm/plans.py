@@ -1,7 +1,8 @@
 """How the Triton kernels are laid out over a GPU: tile sizes and warps for a problem on a device.
 
 Pure functions of sizes and limits: no tensors, no triton, no GPU needed. Every figure here was found by compiling ahead
-of time for the target (`python -m fastlstm.kernels.targets`); a plan that spills or does not fit has no place here.
+of time for the target (`python -m fastlstm.kernels.targets`); a plan that spills or does not fit has no place here, but
+for stepwise ones of RDNA where H is no multiple of 8: none was found there that never spills.
 """
 
 from __future__ import annotations

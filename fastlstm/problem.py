@@ -57,8 +57,9 @@ class Device:
 
     Attributes:
         kind: "cpu", "cuda", "hip", or torch's own name of any other device type ("mps", "meta", ...).
-        target: the compile target: "sm_90", "gfx942", ...; of a CPU "avx2" where it has no AVX-512, "intel" where
-            MKL is at its best, "amx" where it also multiplies bfloat16 in tiles, or "cpu"; else the kind.
+        target: the compile target: "sm_90", "gfx942", ...; of a CPU "avx2" where torch uses AVX2 and no more, else
+            "intel" of that maker, where MKL is at its best, "amx" where it also multiplies bfloat16 in tiles, or "cpu";
+            of any other device the kind.
         name: as the vendor names it.
         processors: multiprocessors (of a MIG or MPS share: those it was given); of a CPU the threads that torch uses.
     """
@@ -104,7 +105,8 @@ def capturing(device: torch.device) -> bool:
 def limit_processors(device: torch.device, most: int) -> None:
     """Have `device_of` tell of so many processors at most from now on, since the driver refused a grid of more.
 
-    A process that got a share of a card is not always told how large it is. The first limit of a card is a warning.
+    A process that got a share of a card is not always told how large it is; some cards refuse any such grid (0). The
+    first limit of a card is a warning.
     """
     found = device_of(device)
     limited = dataclasses.replace(found, processors=most)
@@ -112,9 +114,13 @@ def limit_processors(device: torch.device, most: int) -> None:
     first = found not in _limited
     _limited.add(limited)
     if first:
+        if most:
+            refused = f"cannot hold {most + 1} programs at once: this process may have a share of it only"
+        else:
+            refused = "refuses programs that meet"
         warnings.warn(
-            f"{found.name} has {found.processors} processors and cannot hold {most + 1} programs at once: this process "
-            "may have a share of it only. From now on LSTMs are laid out in fewer programs, which is slower.",
+            f"{found.name} has {found.processors} processors and {refused}. From now on LSTMs are laid out in fewer "
+            "programs, or in a launch a step, which is slower.",
             stacklevel=2,
         )
 

@@ -317,7 +317,8 @@ def lstm_differentiable(
                 h_t = h_t @ w_hr[d].to(dtype).t()
             output_steps[t] = h_t
             h, c = torch.cat((h_t, h[n:])), torch.cat((c_t, c[n:]))
-        outputs.append(torch.cat([output_steps[t] for t in range(len(sizes))]))
+        steps = [output_steps[t] for t in range(len(sizes))]
+        outputs.append(torch.cat(steps) if steps else h)  # a batch of no rows has no steps
         h_n.append(h)
         c_n.append(c)
     output = torch.cat(outputs, 1).to(h0.dtype)

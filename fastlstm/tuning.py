@@ -8,12 +8,14 @@ compiled; what they took goes to `timings.py`, where all later calls of that kin
 **Kinds.** A kind (`key`) says no more than decides who is faster, so that a batch of another length does not time anew.
 T counts in three classes: what a call costs before its first step matters over few steps and vanishes over many. B
 counts up to the next power of two, and whether it is a multiple of 8, which cuDNN's persistent kernel asks for. I, H,
-P, L and D, fixed in a model, count as they are, and so do dtype, training, packed or dense, and TF32. An answer holds
-for one card with so many processors and one set of versions: fastlstm, torch, triton, CUDA or HIP, the driver, cuDNN.
+P, L and D, fixed in a model, count as they are, and so do dtype, training, packed or dense, TF32, and whether layers
+must run one after the other. An answer holds for one card with so many processors and one set of versions: fastlstm,
+torch, triton, CUDA or HIP, the driver, cuDNN.
 
 **When nothing is timed** a call takes what is known, or else what `dispatch` says by rule: FASTLSTM_AUTOTUNE=0; the
 budget of the process, FASTLSTM_AUTOTUNE_MS, is spent (compiling counts; the default is 10 000); cuDNN is turned off; a
-CUDA graph is being captured; another thread is timing. torch.compile and torch.func never ask.
+CUDA graph is being captured; another thread is timing. torch.compile, torch.func, torch.jit.trace and training with
+`recompute` never ask.
 
 **The same bits.** In torch's deterministic mode, or cuDNN's, nothing is timed and nothing known is used: the same bits
 in each run are not to be had from a stopwatch. Otherwise two runs of a program may choose differently, and differ as

@@ -4,7 +4,7 @@
 
 One row for each (kernel, configuration): registers of a thread, bytes spilled, shared memory, matrix instructions,
 block barriers, and instructions in the longest loop. A configuration that spills, or does not fit, does not belong
-in `fastlstm.plans`; tests/test_targets.py holds it to that.
+in `fastlstm.plans` (which names an exception); tests/test_targets.py holds a sample to that.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import pytest
 
-from fastlstm import dispatch, tuning
+from fastlstm import cpu_rules, dispatch, tuning
 from fastlstm.dispatch import has_triton, interpreting
 from fastlstm.timings import timings
 
@@ -41,6 +41,18 @@ def _poisoned_memory():
 def _full_float32(monkeypatch: pytest.MonkeyPatch):
     """Hold float32 on a GPU to its own tolerance: TF32, which cuDNN takes by default, has a tenth of its digits."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+@pytest.fixture
+def multiplies(monkeypatch: pytest.MonkeyPatch):
+    """Return a function that sets what 16 bit this processor's oneDNN multiplies: bfloat16, until it is called."""
+
+    def set_dtypes(*dtypes):
+        monkeypatch.setattr(cpu_rules, "_onednn_is_on", lambda: True)
+        monkeypatch.setattr(cpu_rules, "_MULTIPLIED", dtypes)
+
+    set_dtypes(torch.bfloat16)
+    return set_dtypes
 
 
 @pytest.fixture

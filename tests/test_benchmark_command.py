@@ -65,7 +65,7 @@ def test_a_job_that_fails_takes_no_row_with_it(tmp_path, monkeypatch, command, c
         command.main([*arguments, "--fresh", "--filter=charlm"])
 
 
-def test_interrupted_run_goes_on(tmp_path, monkeypatch, command):
+def test_interrupted_run_goes_on(tmp_path, monkeypatch, capsys, command):
     path, count = tmp_path / "result.json", []
 
     def run_and_count(workload, *args, **kwargs):
@@ -81,11 +81,27 @@ def test_interrupted_run_goes_on(tmp_path, monkeypatch, command):
     assert command.main(arguments) == 0
     assert len(results.load(path)["rows"]) == 1
     assert command.main([*arguments, "--minutes=1e-9"]) == 0  # no time for a second row
+    assert "stack: 1 workloads left out for want of time" in capsys.readouterr().out
     assert len(count) == 2
     assert command.main(arguments) == 0
     assert count == ["b/dense/fp32/forward", "b/dense/fp32/train", "b/dense/fp32/train"]
     assert command.main([*arguments, "--fresh", "--filter=^b/dense/fp32/forward"]) == 0
     assert [row["name"] for row in results.load(path)["rows"]] == ["b/dense/fp32/forward"]
+
+
+def test_a_row_without_memory_is_left_out(tmp_path, monkeypatch, capsys, command):
+    path = tmp_path / "result.json"
+
+    def run_without_memory(workload, *args, **kwargs):
+        if not workload.training:
+            raise torch.OutOfMemoryError("no memory\nfor it")
+        return run_workload(workload, *args, **kwargs)
+
+    monkeypatch.setattr(command, "run_workload", run_without_memory)
+    arguments = ["--suite=stack", "--device=cpu", "--budget=0.01", "--filter=^b/dense/fp32", f"--json={path}"]
+    assert command.main(arguments) == 0
+    assert "b/dense/fp32/forward is left out: no memory\n" in capsys.readouterr().out
+    assert [row["name"] for row in results.load(path)["rows"]] == ["b/dense/fp32/train"]
 
 
 def test_interruption_before_the_first_row_leaves_the_file(tmp_path, monkeypatch, capsys, command):

@@ -196,6 +196,14 @@ def test_the_kernels_when_compiled():
     assert_close(run(compiled, x, None), run_lstm(stock, x), dtype=torch.float32)
 
 
+@INTERPRETED
+def test_what_the_kernels_cannot_is_refused_when_it_runs():
+    _, ours = make_pair("triton", torch.float64)
+    compiled: Any = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    with pytest.raises(RuntimeError, match="the kernels compute in float32, float16 and bfloat16, not float64"):
+        compiled(make_input("dense", LENGTHS[0]).double())
+
+
 def test_time_to_compile():
     """To train a 2-layer LSTM over 256 steps takes about as long as a 2-layer MLP, so not a step of it is traced.
 

@@ -12,6 +12,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastlstm
@@ -357,6 +358,27 @@ def test_several_gradients_at_once(cut):
     for n, cotangent in enumerate(cotangents):
         one = torch.autograd.grad(output, inputs, cotangent, retain_graph=True)
         torch.testing.assert_close([gradients[n] for gradients in several], list(one))
+
+
+class Checkpointed(Chunked):
+    def forward(self, x, hx):
+        return checkpoint(super().forward, x, hx, use_reentrant=False)
+
+
+class Offloaded(Chunked):
+    def forward(self, x, hx):
+        with torch.autograd.graph.saved_tensors_hooks(torch.clone, torch.clone):
+            return super().forward(x, hx)
+
+
+@pytest.mark.parametrize("kind", [Checkpointed, Offloaded])
+def test_hooks_of_saved_tensors_see_the_workspaces(kind, cut):
+    cut("some")
+    stock, x, hx = make_packed(I=3, H=19, D=2)
+    plain, hooked = Chunked(stock), kind(stock)
+    torch.testing.assert_close(run_lstm(hooked, x, hx), run_lstm(plain, x, hx))
+    assert all(workspace is not None for workspace in plain(x, hx)[1][0].grad_fn.workspaces)
+    assert hooked(x, hx)[1][0].grad_fn.workspaces is None
 
 
 def test_any_stride(cut):

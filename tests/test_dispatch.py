@@ -34,6 +34,8 @@ def test_an_unknown_gpu_gets_a_frugal_plan_but_stock_by_default():
     old = Device("cuda", "sm_75", "Tesla T4")
     assert choose(problem(H=128, dtype=torch.float16), old).regime == "stepwise"
     assert choose(problem(H=64, dtype=torch.float16), old).regime == "resident"
+    # 64 KiB of W_hh, and a quarter of that for tiles that change layout
+    assert [choose(problem(H=H, dtype=torch.float32), old).regime for H in (32, 64)] == ["resident", "stepwise"]
     decision = decide(problem(), old)
     assert (decision.backend, decision.regime) == ("torch", "stock")
     assert "sm_75" in decision.reason
@@ -230,6 +232,13 @@ def test_processors_are_limited_with_one_warning(cards):
     assert device_of(one).processors == device_of(other).processors == 63
     limit_processors(one, 31)  # a second warning would be an error
     assert device_of(other).processors == 31
+
+
+def test_a_card_on_which_no_programs_meet(cards):
+    one = torch.device("cuda", 0)
+    with pytest.warns(UserWarning, match="a card has 132 processors and refuses programs that meet"):
+        limit_processors(one, 0)
+    assert device_of(one).processors == 0
 
 
 @pytest.mark.gpu

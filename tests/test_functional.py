@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from helpers import assert_close
@@ -49,6 +51,9 @@ def test_backend_is_checked_where_it_is_used(backend):
     torch.testing.assert_close(fastlstm.lstm(x, None, weights, backend=backend)[0], stock(x)[0])
     with pytest.raises(ValueError, match="backend must be one of"):
         fastlstm.lstm(x, None, weights, backend=backend.upper())
+    compiled: Any = torch.compile(fastlstm.lstm, backend="eager")
+    with pytest.raises(ValueError, match="backend must be one of"):
+        compiled(x, None, weights, backend=backend.upper())
 
 
 @pytest.mark.parametrize(

@@ -220,8 +220,9 @@ def test_environment_overrides_auto_only(monkeypatch):
     assert (decision.backend, decision.reason) == ("reference", "FASTLSTM_BACKEND asks for it.")
     monkeypatch.setenv("FASTLSTM_BACKEND", "fast")
     for module, input in ((make_pair()[1], x), (cell, x[0])):
-        with pytest.raises(ValueError, match="FASTLSTM_BACKEND must be one of"):
-            module(input)
+        for call in (module, torch.func.vmap(module)):
+            with pytest.raises(ValueError, match="FASTLSTM_BACKEND must be one of"):
+                call(input)
 
 
 def test_cell_with_a_computed_weight():

@@ -20,7 +20,7 @@ def test_the_maker_of_the_processor(text, target, amx, monkeypatch):
     monkeypatch.setattr(problem, "_cpu_names", lambda: text)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
-    for capability, found in (("AVX2", "avx2"), ("AVX512", target)):
+    for capability, found in (("AVX2", "avx2"), ("AVX512", target), ("DEFAULT", target)):
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)
         assert problem._cpu.__wrapped__(1).target == found
 

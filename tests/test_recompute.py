@@ -195,3 +195,14 @@ def test_stock_cannot():
         fastlstm.LSTM(I, H, backend="torch", recompute=True)
     with pytest.raises(ValueError, match="recompute=True needs backend"):
         fastlstm.lstm(torch.randn(2, I), None, [], backend="torch", recompute=True)
+
+
+def test_what_the_environment_asks_for(monkeypatch):
+    lstm, x = fastlstm.LSTM(I, H, recompute=True), torch.randn(3, 2, I)
+    monkeypatch.setenv("FASTLSTM_BACKEND", "reference")
+    assert fastlstm.explain(lstm, x).reason == "FASTLSTM_BACKEND asks for it."
+    monkeypatch.setenv("FASTLSTM_BACKEND", "torch")
+    with pytest.raises(ValueError, match=r"recompute=True needs backend .* got 'torch'"):
+        lstm(x)
+    with torch.no_grad():
+        lstm(x)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from helpers import LENGTHS, TOLERANCES, Layer, assert_close, make_layer_inputs, relative_error, run_lstm
@@ -206,6 +208,26 @@ def test_blocks_of_steps_change_nothing(steps_at_once, P, sizes, monkeypatch):
     monkeypatch.setattr(reference, "_blocks", lambda sizes, row_bytes: cut.append(blocks(sizes, 1)) or cut[-1])
     assert all(map(torch.equal, run(), whole))
     assert min(map(len, cut[1:])) > len(cut[0]) == 1
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+def test_complex_numbers(backend):
+    options: dict[str, Any] = {"bidirectional": True, "dtype": torch.complex128}
+    ours, stock = fastlstm.LSTM(2, 3, **options, backend=backend), torch.nn.LSTM(2, 3, **options)
+    stock.load_state_dict(ours.state_dict())
+    x = torch.randn(12, 2, 2, dtype=torch.complex128)
+    torch.testing.assert_close(run_lstm(ours, x), run_lstm(stock, x), atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch's own, for its jvp
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+def test_no_rows_in_plain_ops(backend):
+    ours, stock = fastlstm.LSTM(2, 3, bidirectional=True, backend=backend), torch.nn.LSTM(2, 3, bidirectional=True)
+    x = torch.empty(5, 0, 2)
+    for lstm in (ours, stock):
+        assert torch.func.grad(lambda x, lstm=lstm: lstm(x)[0].sum())(x).shape == x.shape
+        results, tangents = torch.func.jvp(lstm, (x,), (x,))[:2]
+        assert results[0].shape == tangents[0].shape == (5, 0, 6)
 
 
 @pytest.mark.parametrize("magnitude", [100.0, float("inf")])

@@ -1,4 +1,4 @@
-"""Budgets of the compiled kernels, with no GPU: every plan that dispatch can choose must compile, fit and not spill."""
+"""Budgets of the compiled kernels, with no GPU: of the plans that dispatch can choose, a sample compiles and fits."""
 
 from __future__ import annotations
 

@@ -124,6 +124,10 @@ def test_what_is_timed_is_the_call(given, card, monkeypatch):
     decision = fastlstm.explain(fastlstm.LSTM(3, 4, num_layers=2, **given), torch.randn(5, 2, 3))
     assert asked == [decision.problem]
     assert decision.problem.apart == ("dropout" in given)
+    with torch.autocast("cpu", torch.bfloat16):
+        decision = fastlstm.explain(fastlstm.LSTM(3, 4, num_layers=2, **given), pack_sequence([torch.randn(5, 3)] * 2))
+    assert asked[1:] == [decision.problem]
+    assert (decision.problem.dtype, decision.problem.runs) == (torch.bfloat16, 1)
 
 
 def test_packed_calls_time(card):
