@@ -115,7 +115,7 @@ input_size=3, hidden_size=4, num_layers=1, directions=1.
     backend, _, layout = backend.partition(" ")
     regime = "stock" if backend == "torch" else "loop"
     if backend == "triton":
-        check_triton(problem.dtype, problem.H, device)
+        check_triton(problem.dtype, problem.H, device.kind)
         regime = plans.choose(problem, device, layout=layout).regime
     return Decision(backend, regime, reason, problem, device, times, layout)
 
@@ -138,9 +138,9 @@ def check_backend(backend: str) -> None:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
 
 
-def check_triton(dtype: torch.dtype, H: int, device: Device) -> None:
-    """Raise RuntimeError where the Triton kernels cannot run."""
-    if obstacle := _obstacle_to_triton(dtype, H, device):
+def check_triton(dtype: torch.dtype, H: int, kind: str) -> None:
+    """Raise RuntimeError where the Triton kernels cannot run, on a device of that kind."""
+    if obstacle := _obstacle_to_triton(dtype, H, kind):
         raise RuntimeError(f"backend='triton' cannot run here: {obstacle}")
 
 
@@ -153,7 +153,7 @@ def is_implementation(text: str) -> bool:
 def has_choice(problem: Problem, device: Device) -> bool:
     """Whether both stock's op and our kernels can run a problem on a GPU."""
     known = device.kind in ("cuda", "hip") and device.target in plans.SHARED_MEMORY
-    return known and problem.B > 0 and not _obstacle_to_triton(problem.dtype, problem.H, device)
+    return known and problem.B > 0 and not _obstacle_to_triton(problem.dtype, problem.H, device.kind)
 
 
 def candidates(problem: Problem, device: Device) -> tuple[str, ...]:
@@ -175,17 +175,17 @@ def decide_layer(problem: Problem, device: Device) -> str:
     return "triton" if has_choice(problem, device) else "reference"
 
 
-def _obstacle_to_triton(dtype: torch.dtype, H: int, device: Device) -> str:
-    """Return why the Triton kernels cannot run on a device, or ''."""
+def _obstacle_to_triton(dtype: torch.dtype, H: int, kind: str) -> str:
+    """Return why the Triton kernels cannot run on a kind of device, or ''."""
     if not has_triton():
         return "triton is not installed (pip install triton; Linux only)."
-    if device.kind == "cpu" and not interpreting():
+    if kind == "cpu" and not interpreting():
         return (
             "the tensors are on the CPU. Move them to a GPU, set TRITON_INTERPRET=1 before triton is imported to "
             "run the kernels under Triton's interpreter, or use backend='auto'."
         )
-    if device.kind not in ("cpu", "cuda", "hip"):
-        return f"the tensors are on a {device.kind} device; the kernels run on CUDA and ROCm GPUs."
+    if kind not in ("cpu", "cuda", "hip"):
+        return f"the tensors are on a {kind} device; the kernels run on CUDA and ROCm GPUs."
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         name = str(dtype).removeprefix("torch.")
         return f"the kernels compute in float32, float16 and bfloat16, not {name}; use backend='auto'."
@@ -196,7 +196,7 @@ def _obstacle_to_triton(dtype: torch.dtype, H: int, device: Device) -> str:
 
 def _decide_gpu(problem: Problem, device: Device) -> tuple[str, str, str]:
     """Return (backend, regime, reason) for "auto" on a device other than the CPU."""
-    if obstacle := _obstacle_to_triton(problem.dtype, problem.H, device):
+    if obstacle := _obstacle_to_triton(problem.dtype, problem.H, device.kind):
         return "torch", "stock", f"Stock's own op runs, since {obstacle}"
     if device.target not in plans.SHARED_MEMORY:
         return "torch", "stock", f"Stock's own op runs, since no kernel has been compiled for {device.target}."

@@ -210,7 +210,7 @@ def _recurrence(name: str, backend: str, c0: Tensor) -> Callable[..., Any]:
     backend, _, layout = _resolve(backend, c0.device, c0.dtype, c0.shape[1]).partition(" ")
     if backend != "triton":
         return getattr(reference, name)
-    dispatch.check_triton(c0.dtype, c0.shape[2], device_of(c0))  # a compiled call has asked nobody
+    dispatch.check_triton(c0.dtype, c0.shape[2], c0.device.type)  # a compiled call has asked nobody
     from fastlstm.kernels import launch, wavefront  # import triton, which a CPU-only install need not have
 
     kernels = wavefront if name.startswith("stack") else launch
