@@ -138,7 +138,7 @@ class _PackedLayer(torch.autograd.Function):
         backward writes several times as much into the same workspace, so each is dropped as soon as it is used, and
         made again if the graph is walked twice. The space for that is reserved from the start (64H bytes): torch's
         profiler counts it, but it is no memory until it is written. What was gathered is gathered again. Hooks of saved
-        tensors, as a checkpoint has them, see workspaces too.
+        tensors, as a checkpoint has them, see workspaces too (and one that copies them copies the space).
         """
         output, h_n, c_n, states, workspaces = _forward(as_rows(x), h0, c0, flat, chunks, dtype)
         output = shaped_as(output, x)
@@ -166,6 +166,7 @@ class _PackedLayer(torch.autograd.Function):
             count = sum(map(len, ctx.chunks))
             around = [states[4 * k : 4 * k + 4] for k in range(count)]
             workspaces = states[4 * count :] if ctx.workspaces is None else ctx.workspaces
+            del states[4 * count :]  # none is kept but by the list from which backward drops it
             saved = (as_rows(output), around, workspaces, ctx.chunks)
             with autocast.off(x.device):  # a workspace that is made again is made as forward would
                 rows = (as_rows(x), *inputs[1:])

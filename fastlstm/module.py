@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.nn.utils.rnn import PackedSequence
 
-from fastlstm import checks, dispatch, functional, stock, tracing
+from fastlstm import autocast, checks, dispatch, functional, stock, tracing
 from fastlstm.checks import States
 from fastlstm.dispatch import Decision
 
@@ -247,11 +247,21 @@ class LSTMCell(nn.LSTMCell):
             return tracing.leaf(self, input, hx)
         if self.backend == "torch" or (self.backend == "auto" and dispatch.override() in ("auto", "torch")):
             return self._run_stock(input, hx)
+        if not input.is_cpu or (low := autocast.dtype_for(input)) is None:
+            return self._run_own(input, hx)
+        if hx is not None:
+            checks.check_pair(hx, "lstm_cell")
+        # there autocast knows the GEMMs of stock's cell only: states keep their dtype, and we compute in the weights'
+        dtype = torch.promote_types(low, (input if hx is None else hx[1]).dtype)
+        wide = self.weight_ih.dtype
+        with autocast.off(input.device):
+            h, c = self._run_own(input.to(wide), None if hx is None else (hx[0].to(wide), hx[1].to(wide)))
+        return h.to(dtype), c.to(dtype)
+
+    def _run_own(self, input: Tensor, hx: States | None) -> States:
+        """Run a layer of one step."""
         _, (h, c) = functional.forward(*_one_step(self, input, hx, self.backend))
         h, c = h.squeeze(0), c.squeeze(0)
-        if input.is_cpu:  # of stock's cell autocast knows the GEMMs only there, and the states stay in their dtype
-            dtype = torch.promote_types(c.dtype, (input if hx is None else hx[1]).dtype)
-            h, c = h.to(dtype), c.to(dtype)
         return (h, c) if input.dim() == 2 else (h.squeeze(0), c.squeeze(0))
 
     def _run_stock(self, input: Tensor, hx: States | None) -> States:

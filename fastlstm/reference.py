@@ -302,7 +302,7 @@ def lstm_differentiable(
     D, B, _ = h0.shape
     H = c0.shape[2]
     dtype = accumulation_dtype(gates_x.dtype)
-    sizes = _sizes(gates_x, B, batch_sizes)
+    sizes = _sizes(gates_x, B, batch_sizes) or [0]  # of no rows one step, which ties what comes out to what goes in
     outputs, h_n, c_n = [], [], []
     for d in range(D):
         h, c, w_hh_t = h0[d].to(dtype), c0[d].to(dtype), w_hh[d].to(dtype).t()
@@ -317,8 +317,7 @@ def lstm_differentiable(
                 h_t = h_t @ w_hr[d].to(dtype).t()
             output_steps[t] = h_t
             h, c = torch.cat((h_t, h[n:])), torch.cat((c_t, c[n:]))
-        steps = [output_steps[t] for t in range(len(sizes))]
-        outputs.append(torch.cat(steps) if steps else h)  # a batch of no rows has no steps
+        outputs.append(torch.cat([output_steps[t] for t in range(len(sizes))]))
         h_n.append(h)
         c_n.append(c)
     output = torch.cat(outputs, 1).to(h0.dtype)

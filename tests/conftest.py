@@ -15,8 +15,9 @@ os.environ.pop("FASTLSTM_BACKEND", None)
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import pytest
+from chunked import CUTS
 
-from fastlstm import cpu_rules, dispatch, tuning
+from fastlstm import cpu_rules, cutting, dispatch, tuning
 from fastlstm.dispatch import has_triton, interpreting
 from fastlstm.timings import timings
 
@@ -53,6 +54,20 @@ def multiplies(monkeypatch: pytest.MonkeyPatch):
 
     set_dtypes(torch.bfloat16)
     return set_dtypes
+
+
+@pytest.fixture
+def cut(monkeypatch: pytest.MonkeyPatch):
+    """Return a function that makes every layer cut as a line of CUTS says."""
+
+    def set_cuts(name):
+        rows, size = CUTS[name]
+        monkeypatch.setattr(cutting, "_ROWS_PER_CUT", rows)
+        monkeypatch.setattr(cutting, "_FLOPS_PER_CUT", 0)
+        monkeypatch.setattr(cutting, "_FLOPS_PER_CUT_FORWARD", rows * 1e4)
+        monkeypatch.setattr(cutting, "_CHUNK_BYTES", size)
+
+    return set_cuts
 
 
 @pytest.fixture

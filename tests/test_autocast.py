@@ -93,6 +93,20 @@ def test_a_cells_results_have_the_dtypes_of_stock(low, backend):
                 torch.testing.assert_close(result, expected, atol=2e-2, rtol=2e-2)
 
 
+@pytest.mark.parametrize("backend", OWN)
+def test_a_cells_state_is_not_rounded_every_step(backend):
+    cell, x = fastlstm.LSTMCell(1, 1, backend=backend), torch.zeros(1, 1)
+    for parameter in cell.parameters():
+        torch.nn.init.zeros_(parameter)
+    torch.nn.init.constant_(cell.bias_ih[1:2], 20.0)  # f is 1
+    torch.nn.init.constant_(cell.bias_ih[2:3], 1e-3)  # g is 1e-3, less than half a unit of 1 in bfloat16
+    h, c = torch.zeros(1, 1), torch.ones(1, 1)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        for _ in range(100):
+            h, c = cell(x, (h, c))
+    assert c.item() == pytest.approx(1.05, abs=1e-3)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("form", "cache", "casts"), [("dense", True, 1), ("unsorted", True, 1), ("dense", False, 3)])
 def test_a_weight_is_cast_once_a_region(form, cache, casts, backend):

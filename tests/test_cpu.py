@@ -7,54 +7,22 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import Layer, assert_close, make_layer_inputs, run_lstm
+from chunked import CUTS, LENGTHS, Chunked, make_packed
+from helpers import assert_close, make_layer_inputs, run_lstm
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastlstm
-from fastlstm import cpu, cpu_rules, cutting, functional
+from fastlstm import cpu, cpu_rules, functional
 from fastlstm.problem import Device
 
 pytestmark = pytest.mark.skipif(not cpu_rules.onednn_has(torch.float32), reason="needs oneDNN")
 NEEDS_BFLOAT16 = pytest.mark.skipif(not cpu_rules.onednn_has(torch.bfloat16), reason="needs a CPU with bfloat16")
 # widened where this machine's oneDNN has no layer in them, as it never has in float16
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# _ROWS_PER_CUT, _CHUNK_BYTES: what makes the chunks what their names say
-CUTS = {"one chunk": (1e9, 1 << 40), "a chunk a run": (0, 1 << 40), "within runs": (1e9, 0), "some": (9, 1 << 40)}
-LENGTHS = (21, 20, 20, 13, 7, 7, 1)
-
-
-class Chunked(Layer):
-    """One layer through `cpu.lstm_layer`."""
-
-    def run(self, data, hx, batch_sizes):
-        rows = data.reshape(-1, data.shape[-1])
-        output, h_n, c_n = cpu.lstm_layer(rows, *hx, self.weights(), batch_sizes)
-        return output.reshape(*data.shape[:-1], -1), (h_n, c_n)
-
-
-@pytest.fixture
-def cut(monkeypatch):
-    """Return a function that makes every layer cut as a line of CUTS says."""
-
-    def set_cuts(name):
-        rows, size = CUTS[name]
-        monkeypatch.setattr(cutting, "_ROWS_PER_CUT", rows)
-        monkeypatch.setattr(cutting, "_FLOPS_PER_CUT", 0)
-        monkeypatch.setattr(cutting, "_FLOPS_PER_CUT_FORWARD", rows * 1e4)
-        monkeypatch.setattr(cutting, "_CHUNK_BYTES", size)
-
-    return set_cuts
-
-
-def make_packed(lengths=LENGTHS, **sizes):
-    stock, x, hx = make_layer_inputs(**sizes, lengths=lengths, packed=True, dtype=torch.float32)
-    assert isinstance(x, PackedSequence)
-    return stock, x, hx
 
 
 def in_float64(x, hx):
@@ -358,27 +326,6 @@ def test_several_gradients_at_once(cut):
     for n, cotangent in enumerate(cotangents):
         one = torch.autograd.grad(output, inputs, cotangent, retain_graph=True)
         torch.testing.assert_close([gradients[n] for gradients in several], list(one))
-
-
-class Checkpointed(Chunked):
-    def forward(self, x, hx):
-        return checkpoint(super().forward, x, hx, use_reentrant=False)
-
-
-class Offloaded(Chunked):
-    def forward(self, x, hx):
-        with torch.autograd.graph.saved_tensors_hooks(torch.clone, torch.clone):
-            return super().forward(x, hx)
-
-
-@pytest.mark.parametrize("kind", [Checkpointed, Offloaded])
-def test_hooks_of_saved_tensors_see_the_workspaces(kind, cut):
-    cut("some")
-    stock, x, hx = make_packed(I=3, H=19, D=2)
-    plain, hooked = Chunked(stock), kind(stock)
-    torch.testing.assert_close(run_lstm(hooked, x, hx), run_lstm(plain, x, hx))
-    assert all(workspace is not None for workspace in plain(x, hx)[1][0].grad_fn.workspaces)
-    assert hooked(x, hx)[1][0].grad_fn.workspaces is None
 
 
 def test_any_stride(cut):

@@ -228,6 +228,9 @@ def test_no_rows_in_plain_ops(backend):
         assert torch.func.grad(lambda x, lstm=lstm: lstm(x)[0].sum())(x).shape == x.shape
         results, tangents = torch.func.jvp(lstm, (x,), (x,))[:2]
         assert results[0].shape == tangents[0].shape == (5, 0, 6)
+        given = x.clone().requires_grad_()
+        (dx,) = torch.autograd.grad(lstm(given)[0].sum(), given, create_graph=True)
+        assert dx.shape == x.shape
 
 
 @pytest.mark.parametrize("magnitude", [100.0, float("inf")])
