@@ -22,8 +22,6 @@ _MULTIPLIED = {
     if torch.backends.mkldnn.is_available() and getattr(torch.ops.mkldnn, name)()
 }
 
-_LARGE = 1 << 16  # elements of a gate's weights
-
 
 def choose(p: Problem, device: Device) -> tuple[str, str, str]:
     """Return (backend, regime, reason) of a problem on a CPU."""
@@ -177,7 +175,7 @@ def _chunks_pay_elsewhere(p: Problem) -> bool:
 
 def _copies_are_dear(p: Problem, fewest: int) -> bool:
     """Whether weights are large, and rows too few, not `fewest` for each column of them, to pay for copies of them."""
-    return p.H * (p.I + p.H) > _LARGE and fewest * (p.I + p.H) > p.T * p.B
+    return p.H * (p.I + p.H) > 1 << 16 and fewest * (p.I + p.H) > p.T * p.B
 
 
 def _products(p: Problem) -> int:

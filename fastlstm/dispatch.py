@@ -99,7 +99,7 @@ input_size=3, hidden_size=4, num_layers=1, directions=1.
         backend = override()
         reason = "FASTLSTM_BACKEND asks for it."
     elif not is_implementation(backend):
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+        check_backend(backend)
 
     if backend == "auto" and device.kind == "cpu":
         backend, regime, reason = cpu_rules.choose(problem, device)

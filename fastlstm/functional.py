@@ -225,42 +225,42 @@ def _decide(
     dtype = autocast.dtype_for(data)
     tf32 = data.is_cuda and (dtype or data.dtype) == torch.float32 and allows_tf32()
     apart = bool((network.dropout and network.training) or (network.recompute and training))
-    problem = (*sizes, dtype or data.dtype, training, runs, tf32, apart)
+    given = (*sizes, dtype or data.dtype, training, runs, tf32, apart)
     override = ""
     if backend == "auto":
         override = dispatch.override()
         recompute = network.recompute and training
         checks.check_recompute(recompute, override)
-        if (decision := _decide_without_choice(problem, override, recompute, data)) is not None:
+        if (decision := _decide_without_choice(given, override, recompute, data)) is not None:
             return decision
     device = device_of(data)
     times: dispatch.Times = ()
     if override == "auto" and device.kind != "cpu":
-        times = tuning.times(_problem(*problem), device, data.device, trial)
+        times = tuning.times(_problem(*given), device, data.device, trial)
         device = device_of(data)  # a trial may have found that it has fewer processors for us
     onednn = torch._C._get_mkldnn_enabled()
     lowered = "" if dtype is None else "graph" if torch.is_grad_enabled() else "no graph"
-    decision = _decision(backend, override, lowered, onednn, device, times, *problem)
+    decision = _decision(backend, override, lowered, onednn, device, times, *given)
     if decision.backend == "onednn" and tracing.watched(data):
         return replace(decision, backend="reference", regime="loop", reason="A tracer or a mode should see one op.")
     return decision
 
 
 def _decide_without_choice(
-    problem: tuple[Any, ...], override: str, recompute: bool, data: Tensor
+    given: tuple[Any, ...], override: str, recompute: bool, data: Tensor
 ) -> dispatch.Decision | None:
-    """Return who runs a call with backend="auto" of which who is the fastest does not matter, or None."""
+    """Return who runs a call with backend="auto" where speed does not decide, or None; `given` makes its Problem."""
     if tracing.transformed():
         reason = "torch.func and forward-mode AD see into plain torch ops only."
-        return dispatch.Decision("reference", "plain", reason, Problem(*problem), device_of(data))
+        return dispatch.Decision("reference", "plain", reason, Problem(*given), device_of(data))
     if override != "auto":
         return None
     if tracing.recorded():  # then T and B are tensors
         reason = "torch.jit.trace records torch's own op, which takes any lengths and rows."
-        return dispatch.Decision("torch", "stock", reason, Problem(*problem), device_of(data))
+        return dispatch.Decision("torch", "stock", reason, Problem(*given), device_of(data))
     if recompute:
         device = device_of(data)
-        decision = dispatch.decide(Problem(*problem), device, dispatch.decide_layer(Problem(*problem), device))
+        decision = dispatch.decide(Problem(*given), device, dispatch.decide_layer(Problem(*given), device))
         return replace(decision, reason="It can recompute its gates, which stock's op cannot.")
     return None
 

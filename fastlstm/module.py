@@ -251,11 +251,11 @@ class LSTMCell(nn.LSTMCell):
             return self._run_own(input, hx)
         if hx is not None:
             checks.check_pair(hx, "lstm_cell")
-        # there autocast knows the GEMMs of stock's cell only: states keep their dtype, and we compute in the weights'
+        # on a CPU autocast lowers the GEMMs of stock's cell only, so that its states are not rounded in every step
         dtype = torch.promote_types(low, (input if hx is None else hx[1]).dtype)
-        wide = self.weight_ih.dtype
+        own = self.weight_ih.dtype
         with autocast.off(input.device):
-            h, c = self._run_own(input.to(wide), None if hx is None else (hx[0].to(wide), hx[1].to(wide)))
+            h, c = self._run_own(input.to(own), None if hx is None else (hx[0].to(own), hx[1].to(own)))
         return h.to(dtype), c.to(dtype)
 
     def _run_own(self, input: Tensor, hx: States | None) -> States:

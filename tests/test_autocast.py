@@ -82,11 +82,7 @@ def test_a_cells_results_have_the_dtypes_of_stock(low, backend):
     ours.load_state_dict(stock.state_dict())
     for x_dtype, state_dtype in itertools.product((torch.float32, low), (None, torch.float32, low)):
         x = torch.randn(2, 3, dtype=x_dtype)
-        hx = (
-            None
-            if state_dtype is None
-            else (torch.randn(2, 4, dtype=state_dtype), torch.randn(2, 4, dtype=state_dtype))
-        )
+        hx: Any = None if state_dtype is None else torch.randn(2, 2, 4, dtype=state_dtype).unbind()
         with torch.autocast("cpu", low):
             for result, expected in zip(ours(x, hx), stock(x, hx), strict=True):
                 assert result.dtype == expected.dtype, (x_dtype, state_dtype)

@@ -1,4 +1,4 @@
-"""Budgets of the compiled kernels, with no GPU: of the plans that dispatch can choose, a sample compiles and fits."""
+"""Budgets of the compiled kernels, with no GPU: a sample of dispatch's plans compiles, fits and does not spill."""
 
 from __future__ import annotations
 
@@ -61,7 +61,8 @@ def test_budgets_of_a_heavy_plan_elsewhere():
     command = ("-m", "fastlstm.kernels.targets", "--heaviest", "--json", f"--filter=backward_({heavy})")
     command += ("--dtype=bfloat16", "--dtype=float32")
     rows = json.loads(run(*command, *(f"--target={target}" for target in targets)))
-    assert {row["target"] for row in rows} == set(targets)
+    assert {row["target"] for row in rows if row["dtype"] == "bfloat16"} == set(targets)
+    assert "sm_120" in {row["target"] for row in rows if row["dtype"] == "float32"}
     for row in rows:
         check_budget(row)
 
