@@ -16,7 +16,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from fastlstm import autocast, gemms, packing, reference, tracing
 from fastlstm.ops import as_rows, gemms_suffice, lstm_backward, lstm_forward, lstm_gates, run_backward, run_forward
-from fastlstm.weights import DirectionWeights, biases, by_kind, by_layer, spread, stack_tensors
+from fastlstm.weights import DirectionWeights, biases, by_kind, by_layer, join, spread, stack_tensors
 
 
 def lstm_layer(
@@ -103,8 +103,8 @@ def _differentiable(
         outputs, *states = zip(*layers, strict=True)
         return torch.cat(outputs, -1), torch.cat(states[0]), torch.cat(states[1])
     w_ih, w_hh, w_hr = by_kind(flat)
-    gates_x = F.linear(as_rows(x), w_ih, biases(flat))
-    output, h_n, c_n = reference.lstm_differentiable(gates_x, h0, c0, w_hh, w_hr, batch_sizes)
+    gates_x = F.linear(as_rows(x), join(w_ih), biases(flat))
+    output, h_n, c_n = reference.lstm_differentiable(gates_x, h0, c0, w_hh, w_hr or None, batch_sizes)
     return output.view(*x.shape[:-1], output.shape[1]), h_n, c_n
 
 
@@ -206,12 +206,9 @@ def _gradients(
     needs_x, needs_h0, needs_c0, *needs_flat = needs
     D, B, _ = h0.shape
     H = c0.shape[2]
-    above = w_hr = None
-    if stack:
-        w_ih, above, w_hh = by_layer(flat)
-    else:
-        w_ih, w_hh, w_hr = by_kind(flat)
-    run = lstm_backward if tracing.watched(*cotangents, gates, cells, c0, w_hh) else run_backward
+    w_ih, w_hh, w_hr = by_kind(flat)
+    above = by_layer(flat)[1] if stack else None
+    run = lstm_backward if tracing.watched(*cotangents, gates, cells, c0, *w_hh) else run_backward
     dgates, dc0, dh = run(d_output, *cotangents[1:], gates, cells, c0, w_hh, w_hr, batch_sizes, backend, above)
 
     dh0: list[Tensor] = []
@@ -222,7 +219,7 @@ def _gradients(
         input = output[:, (d - 1) * H : d * H] if stack and d else x
         dw_ih = dw_hh = db = dw_hr = None
         if needs_h0:
-            dh0.append(gemms.times_weight(packing.first_rows(dgates_d, B, batch_sizes, reverse), w_hh[d]))
+            dh0.append(gemms.times_weights(packing.first_rows(dgates_d, B, batch_sizes, reverse), [w_hh[d]]))
         if needs_w_ih:
             dw_ih = gemms.sum_of_outer(dgates_d, input)
         if needs_w_hh:
@@ -231,11 +228,12 @@ def _gradients(
             db = dgates_d.sum(0)
         if needs_w_hr:
             o = gates[:, (4 * d + 3) * H : (4 * d + 4) * H]
-            m = o * cells[:, d * H : (d + 1) * H].tanh().to(o.dtype)
+            m = cells[:, d * H : (d + 1) * H].tanh().to(o.dtype).mul_(o)
             dw_hr = gemms.sum_of_outer(dh.chunk(D, 1)[d], m)
         # each its own, as stock's are: who scales one in place does not scale the other
         db_hh = db.clone() if db is not None and needs_b_ih and needs_b_hh else db
         dflat += [dw_ih, dw_hh, db if needs_b_ih else None, db_hh if needs_b_hh else None, dw_hr]
     # last, for it may be the largest, and the products above need room of their own while they are made
-    dx = gemms.times_weight(dgates.chunk(D, 1)[0] if stack else dgates, w_ih).view(shape) if needs_x else None
+    of_x = (dgates.chunk(D, 1)[0], w_ih[:1]) if stack else (dgates, w_ih)
+    dx = gemms.times_weights(*of_x).view(shape) if needs_x else None
     return [dx, stack_tensors(dh0) if needs_h0 else None, dc0 if needs_c0 else None, *dflat]

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fastlstm import checks, cpu_rules, dispatch, gemms, packing, reference
 from fastlstm.problem import Problem, device_of
-from fastlstm.weights import biases, by_kind, by_layer, spread
+from fastlstm.weights import biases, by_kind, by_layer, join, spread, stack_tensors
 
 _WIDE_ELEMENTS = 1 << 22  # of float32 pre-activations that `lstm_gates` holds at once
 
@@ -51,7 +51,8 @@ def run_forward(
         bias, bias_above = biases(flat[:5]), biases(flat[5:])
         bias_above = above.new_zeros(above.shape[:2]) if bias_above is None else bias_above.view(above.shape[:2])
         run = _recurrence("stack_forward", backend, c0)
-        results = run(gemms.linear(as_rows(x), w_ih, bias), bias_above, h0, c0, above, w_hh, batch_sizes, save)
+        gates_x = gemms.linear(as_rows(x), w_ih, bias)
+        results = run(gates_x, bias_above, h0, c0, above, stack_tensors(w_hh), batch_sizes, save)
     else:
         (w_ih, w_hh, w_hr), bias = by_kind(flat), biases(flat)
         (N, I), (_, B, P) = as_rows(x).shape, h0.shape  # noqa: E741
@@ -59,10 +60,10 @@ def run_forward(
         pays = x.is_cpu and cpu_rules.one_product_pays(device_of(x).target, *sizes, x.dtype)
         kernels = _resolve(backend, c0.device, c0.dtype, B).startswith("triton")
         if pays and not (save or recompute or kernels):
-            results = reference.lstm_infer(as_rows(x), h0, c0, w_ih, bias, w_hh, w_hr, batch_sizes)
+            results = reference.lstm_infer(as_rows(x), h0, c0, w_ih, bias, w_hh, w_hr or None, batch_sizes)
         else:
             run = _recurrence("lstm_forward", backend, c0)
-            results = run(gemms.linear(as_rows(x), w_ih, bias), h0, c0, w_hh, w_hr, batch_sizes, save)
+            results = run(gemms.linear(as_rows(x), join(w_ih), bias), h0, c0, w_hh, w_hr or None, batch_sizes, save)
     output, h_n, c_n, gates, cells = results
     return shaped_as(output, x), h_n, c_n, gates.new_empty(0) if recompute else gates, cells
 
@@ -92,8 +93,8 @@ def run_backward(
     gates: Tensor,
     cells: Tensor,
     c0: Tensor,
-    w_hh: Tensor,
-    w_hr: Tensor | None,
+    w_hh: Sequence[Tensor],
+    w_hr: Sequence[Tensor],
     batch_sizes: Tensor | None,
     backend: str,
     above: Tensor | None = None,
@@ -104,9 +105,10 @@ def run_backward(
     """
     if above is not None:
         run = _recurrence("stack_backward", backend, c0)
-        return *run(d_output, dh_n, dc_n, gates, cells, c0, above, w_hh, batch_sizes), d_output.new_empty(0)
+        dgates, dc0 = run(d_output, dh_n, dc_n, gates, cells, c0, above, stack_tensors(w_hh), batch_sizes)
+        return dgates, dc0, d_output.new_empty(0)
     run = _recurrence("lstm_backward", backend, c0)
-    return run(d_output, dh_n, dc_n, gates, cells, c0, w_hh, w_hr, batch_sizes)
+    return run(d_output, dh_n, dc_n, gates, cells, c0, w_hh, w_hr or None, batch_sizes)
 
 
 lstm_backward = torch.library.custom_op("fastlstm::lstm_backward", run_backward, mutates_args=())
@@ -114,7 +116,7 @@ lstm_backward = torch.library.custom_op("fastlstm::lstm_backward", run_backward,
 
 @lstm_backward.register_fake
 def _(d_output, dh_n, dc_n, gates, cells, c0, w_hh, w_hr, batch_sizes, backend, above=None):
-    dh = d_output.new_empty(0 if w_hr is None else d_output.shape)
+    dh = d_output.new_empty(d_output.shape if w_hr else 0)
     return gates.new_empty(gates.shape), c0.new_empty(c0.shape), dh
 
 
@@ -128,8 +130,8 @@ def lstm_gates(x: Tensor, h0: Tensor, output: Tensor, weights: Sequence[Tensor],
     D = len(h0)
     flat = spread(weights, D)
     w_ih, w_hh, _ = by_kind(flat)
-    gates, output = gemms.linear(as_rows(x), w_ih, biases(flat)), as_rows(output)
-    most = max(1, _WIDE_ELEMENTS // w_hh.shape[1])  # rows at a time, since wide ones would take what was saved
+    gates, output = gemms.linear(as_rows(x), join(w_ih), biases(flat)), as_rows(output)
+    most = max(1, _WIDE_ELEMENTS // len(w_hh[0]))  # rows at a time, since wide ones would take what was saved
     for d, (gates_d, output_d) in enumerate(zip(gates.chunk(D, 1), output.chunk(D, 1), strict=True)):
         h_previous = packing.previous(output_d, h0[d], batch_sizes, reverse=d == 1)
         for rows, h in zip(gates_d.split(most), h_previous.split(most), strict=True):

@@ -44,8 +44,8 @@ def lstm_forward(
     gates_x: Tensor,
     h0: Tensor,
     c0: Tensor,
-    w_hh: Tensor,
-    w_hr: Tensor | None,
+    w_hh: Tensor | Sequence[Tensor],
+    w_hr: Tensor | Sequence[Tensor] | None,
     batch_sizes: Tensor | None,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -56,8 +56,8 @@ def lstm_forward(
             activated gates take its place, so that a layer in training holds one such buffer and not two.
         h0: [D, B, P] (P is H without projection).
         c0: [D, B, H].
-        w_hh: [D, 4H, P].
-        w_hr: [D, P, H], or None without projection.
+        w_hh: [4H, P] of each direction, stacked or not.
+        w_hr: [P, H] of each direction, likewise, or None without projection.
         batch_sizes: [T] int64 on the CPU for packed rows, or None for dense ones.
         save: whether to return what `lstm_backward` needs.
 
@@ -120,10 +120,10 @@ def lstm_infer(
     x: Tensor,
     h0: Tensor,
     c0: Tensor,
-    w_ih: Tensor,
+    w_ih: Sequence[Tensor],
     bias: Tensor | None,
-    w_hh: Tensor,
-    w_hr: Tensor | None,
+    w_hh: Tensor | Sequence[Tensor],
+    w_hr: Tensor | Sequence[Tensor] | None,
     batch_sizes: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Run a layer for no backward pass, one product a step: [x_t, 1, h_{t-1}] [W_ih, b, W_hh]^T.
@@ -136,10 +136,10 @@ def lstm_infer(
         x: [N, I], rows as the module docstring lays them out.
         h0: [D, B, P] (P is H without projection).
         c0: [D, B, H].
-        w_ih: [D*4H, I].
+        w_ih: [4H, I] of each direction.
         bias: [D*4H], b_ih + b_hh, or None.
-        w_hh: [D, 4H, P].
-        w_hr: [D, P, H], or None without projection.
+        w_hh: [4H, P] of each direction, stacked or not.
+        w_hr: [P, H] of each direction, likewise, or None without projection.
         batch_sizes: as in `lstm_forward`.
 
     Returns:
@@ -161,8 +161,8 @@ def lstm_infer(
     all_gates, all_tanh_g = x.new_empty(B, 4 * H, dtype=dtype), x.new_empty(B, H, dtype=dtype)
 
     for d in range(D):
-        rows = slice(d * 4 * H, (d + 1) * 4 * H)
-        weights = _joined(w_ih[rows], None if bias is None else bias[rows], w_hh[d], dtype, by_gate)
+        bias_d = None if bias is None else bias[d * 4 * H : (d + 1) * 4 * H]
+        weights = _joined(w_ih[d], bias_d, w_hh[d], dtype, by_gate)
         w_hr_t = None if w_hr is None else _transposed(w_hr[d].to(dtype))
         output_steps = output[:, d * P : (d + 1) * P].split(sizes)
         all_inputs, all_x, all_h, all_c = operand[d], operand[d, :, :I], h_n[d], c_n[d]
@@ -201,8 +201,8 @@ def lstm_backward(
     gates: Tensor,
     cells: Tensor,
     c0: Tensor,
-    w_hh: Tensor,
-    w_hr: Tensor | None,
+    w_hh: Tensor | Sequence[Tensor],
+    w_hr: Tensor | Sequence[Tensor] | None,
     batch_sizes: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run the adjoint of `lstm_forward`, back through the steps.
@@ -217,8 +217,8 @@ def lstm_backward(
         gates: [N, D*4H], saved by `lstm_forward`.
         cells: [N, D*H], saved by `lstm_forward`.
         c0: [D, B, H].
-        w_hh: [D, 4H, P].
-        w_hr: [D, P, H], or None.
+        w_hh: [4H, P] of each direction, stacked or not.
+        w_hr: [P, H] of each direction, likewise, or None.
         batch_sizes: as in `lstm_forward`.
 
     Returns:
@@ -290,8 +290,8 @@ def lstm_differentiable(
     gates_x: Tensor,
     h0: Tensor,
     c0: Tensor,
-    w_hh: Tensor,
-    w_hr: Tensor | None,
+    w_hh: Tensor | Sequence[Tensor],
+    w_hr: Tensor | Sequence[Tensor] | None,
     batch_sizes: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run the same recurrence with nothing in place, so that autograd can differentiate it any number of times.

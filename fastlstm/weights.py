@@ -28,27 +28,28 @@ def spread(weights: Sequence[Any], D: int) -> list[Any]:
     return [weight for direction in directions(weights, D) for weight in direction]
 
 
-def by_kind(flat: Sequence[Any]) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return the directions' weights together: w_ih [D*4H, I], w_hh [D, 4H, P], w_hr [D, P, H] or None."""
+def by_kind(flat: Sequence[Any]) -> tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]]:
+    """Return the directions' w_ih, each [4H, I], their w_hh, each [4H, P], and their w_hr, each [P, H], or none."""
     w_ih, w_hh, w_hr = flat[0::5], flat[1::5], flat[4::5]
-    return _cat(w_ih), stack_tensors(w_hh), None if w_hr[0] is None else stack_tensors(w_hr)
+    return w_ih, w_hh, [] if w_hr[0] is None else w_hr
 
 
 def biases(flat: Sequence[Any]) -> Tensor | None:
     """Return the sum of both biases of each direction, [D*4H], or None."""
     b_ih, b_hh = flat[2::5], flat[3::5]
-    return None if b_ih[0] is None else _cat(b_ih) + _cat(b_hh)
+    return None if b_ih[0] is None else join(b_ih) + join(b_hh)
 
 
-def by_layer(flat: Sequence[Any]) -> tuple[Tensor, Tensor, Tensor]:
-    """Return a stack's weights: w_ih of the first layer, w_ih [L-1, 4H, H] of the rest, w_hh [L, 4H, H]."""
-    return flat[0], stack_tensors(flat[5::5]), stack_tensors(flat[1::5])
+def by_layer(flat: Sequence[Any]) -> tuple[Tensor, Tensor, Sequence[Tensor]]:
+    """Return a stack's weights: w_ih of the first layer, w_ih [L-1, 4H, H] of the rest, w_hh of all, each [4H, H]."""
+    return flat[0], stack_tensors(flat[5::5]), flat[1::5]
 
 
-def _cat(tensors: Sequence[Any]) -> Tensor:
+def join(tensors: Sequence[Tensor]) -> Tensor:
+    """Return `torch.cat` of them, without a copy where there is one."""
     return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
 
 
-def stack_tensors(tensors: Sequence[Any]) -> Tensor:
+def stack_tensors(tensors: Sequence[Tensor]) -> Tensor:
     """Return `torch.stack` of them, without a copy where there is one."""
     return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(list(tensors))

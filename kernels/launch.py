@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch.nn.functional import pad
 from ..packing import first_rows, previous, spans
 from ..plans import PERSISTENT_REGISTERS, Plan, choose
 from ..problem import Device, Problem, allows_tf32, device_of, limit_processors
+from ..weights import stack_tensors
 from .backward_persistent import backward_persistent
 from .backward_resident import backward_resident
 from .backward_stepwise import backward_stepwise
@@ -32,8 +33,8 @@ def lstm_forward(
     gates_x: Tensor,
     h0: Tensor,
     c0: Tensor,
-    w_hh: Tensor,
-    w_hr: Tensor | None,
+    w_hh: Tensor | Sequence[Tensor],
+    w_hr: Tensor | Sequence[Tensor] | None,
     batch_sizes: Tensor | None,
     save: bool,
     plan: Plan | str | None = None,
@@ -46,13 +47,14 @@ def lstm_forward(
     Raises:
         RuntimeError: gates_x or w_hh do not have the sizes that c0 tells; the kernels would read past their end.
     """
+    w_hh = stack_tensors(w_hh)
     if w_hr is None:
         return _forward(gates_x, h0, c0, w_hh, batch_sizes, save, plan=plan)
     # h = m W_hr^T, so the recurrence runs on m with W_eff = W_hh W_hr; h0 has no m and enters step 0's gates
     rows = torch.arange(gates_x.shape[0], device=gates_x.device)
     for d, gates_d in enumerate(gates_x.chunk(len(h0), 1)):
         gates_d[first_rows(rows, h0.shape[1], batch_sizes, reverse=d == 1)] += h0[d] @ w_hh[d].T
-    m0 = torch.zeros_like(c0)
+    m0, w_hr = torch.zeros_like(c0), stack_tensors(w_hr)
     m, m_n, c_n, gates, cells = _forward(gates_x, m0, c0, torch.bmm(w_hh, w_hr), batch_sizes, save, plan=plan)
     output = torch.einsum("ndh,dph->ndp", m.view(m.shape[0], *c0.shape[::2]), w_hr).flatten(1)
     return output, torch.bmm(m_n, w_hr.mT), c_n, gates, cells
@@ -65,15 +67,17 @@ def lstm_backward(
     gates: Tensor,
     cells: Tensor,
     c0: Tensor,
-    w_hh: Tensor,
-    w_hr: Tensor | None,
+    w_hh: Tensor | Sequence[Tensor],
+    w_hr: Tensor | Sequence[Tensor] | None,
     batch_sizes: Tensor | None,
     plan: Plan | str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run one layer's recurrence back: `reference.lstm_backward` says what it takes and returns, `plan` is as above."""
+    w_hh = stack_tensors(w_hh)
     if w_hr is None:
         dgates, dc0 = _backward(d_output, dh_n, dc_n, gates, cells, c0, w_hh, batch_sizes, plan=plan)
         return dgates, dc0, d_output.new_empty(0)
+    w_hr = stack_tensors(w_hr)
     D, P, _ = w_hr.shape
     dm = torch.einsum("ndp,dph->ndh", d_output.reshape(-1, D, P), w_hr).flatten(1)
     w_eff = torch.bmm(w_hh, w_hr)

@@ -98,8 +98,9 @@ def test_inductor(form):
     counts = []
     for lengths in LENGTHS[:2]:
         x = make_input(form, lengths)
-        assert_close(run(compiled, x, None), run_lstm(stock, x), dtype=torch.float32)
-        counts.append(counter.frame_count)  # where its cache is cold, inductor is called twice for one graph
+        with config.patch(force_disable_caches=True):  # one on disk would have the backward of an older fastlstm
+            assert_close(run(compiled, x, None), run_lstm(stock, x), dtype=torch.float32)
+        counts.append(counter.frame_count)
     assert counts[0] == counts[1], "recompiled for a length"
 
 

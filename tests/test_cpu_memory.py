@@ -57,6 +57,21 @@ def test_what_is_not_left_to_stock(dtype, lengths, peak):
     assert compared > len(shapes) // 2
 
 
+@pytest.mark.parametrize(
+    ("dtype", "sizes"), [("fp32", (8, 12, 200, 300)), ("fp64", (16, 4, 300, 200))], ids=["fp32", "fp64"]
+)
+def test_weights_larger_than_the_rows(dtype, sizes, peak, monkeypatch):
+    """Training by the loop makes no copy of both directions' weights, nor of a gradient while it is made."""
+    monkeypatch.setenv("FASTLSTM_BACKEND", "reference")
+    workload = Workload(Shape("s", *sizes), dtype, True, "uniform", bidirectional=True)
+    with Meter(CPU) as meter:
+        ours = meter(workload, OURS)
+    stock, _ = peak(workload)
+    assert stock
+    assert ours
+    assert ours <= stock, f"{ours}, stock {stock}"
+
+
 @pytest.mark.skipif(device_of(CPU).target != "amx", reason="needs a CPU with AMX")
 def test_dense_with_an_odd_number_of_inputs(peak):
     for sizes in ((128, 64, 129, 64), (128, 64, 513, 128)):

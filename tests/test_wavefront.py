@@ -321,5 +321,5 @@ def test_the_op_of_a_stack_is_well_formed():
     tests = ("test_schema", "test_faketensor")
     torch.library.opcheck(autograd.lstm_forward, forward, test_utils=tests)
     output, h_n, c_n, gates, cells = autograd.lstm_forward(*forward)
-    saved = (gates, cells, forward[2], torch.stack((flat[1], flat[5])), None, None, "triton", flat[4].unsqueeze(0))
+    saved = (gates, cells, forward[2], [flat[1], flat[5]], [], None, "triton", flat[4].unsqueeze(0))
     torch.library.opcheck(autograd.lstm_backward, (output, h_n, c_n, *saved), test_utils=tests)
