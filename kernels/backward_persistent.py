@@ -168,9 +168,7 @@ def backward_persistent(
     t_next = tl.minimum(tl.maximum(t + step, 0), T - 1)
     row = first_row(t, B, offsets_ptr, VARLEN) + b0
     row_next = first_row(t_next, B, offsets_ptr, VARLEN) + b0
-    mask_t = mask
-    if VARLEN:
-        mask_t = mask & (t < lengths)[None, :]
+    mask_t = mask & (t < lengths)[None, :] if VARLEN else mask
     i, f, g, o = load_gates(gates_ptr + row * (D * 4 * H) + offs_gates, mask_t, H)
     if STACK:
         # dy come from the layer above, two steps ahead of their use; the last layer has none above, and never waits
@@ -180,9 +178,7 @@ def backward_persistent(
         dy_below_ptrs = own_ptrs + PROGRAMS * PROGRAMS * PART
         seen = up * tl.minimum(3, T + 1) * PROGRAMS
         wait(counter_above, seen)
-        mask_next = mask
-        if VARLEN:
-            mask_next = mask & (t_next < lengths)[None, :]
+        mask_next = mask & (t_next < lengths)[None, :] if VARLEN else mask
         dy_next = tl.load(d_output_ptr + row_next * (D * H) + offs_h, mask=mask_next, other=0.0, cache_modifier=".cg")
     dy = tl.load(d_output_ptr + row * (D * H) + offs_h, mask=mask_t, other=0.0)
     c = tl.load(cells_ptr + row * (D * H) + offs_h, mask=mask_t, other=0.0)
@@ -191,9 +187,7 @@ def backward_persistent(
         # what was saved arrives one step ahead of its use, its row number two; past the end the last is read again
         t_after = tl.minimum(tl.maximum(t_next + step, 0), T - 1)
         row_after = first_row(t_after, B, offsets_ptr, VARLEN) + b0
-        mask_next = mask
-        if VARLEN:
-            mask_next = mask & (t_next < lengths)[None, :]
+        mask_next = mask & (t_next < lengths)[None, :] if VARLEN else mask
         i_next, f_next, g_next, o_next = load_gates(gates_ptr + row_next * (D * 4 * H) + offs_gates, mask_next, H)
         if not STACK:
             dy_next = tl.load(d_output_ptr + row_next * (D * H) + offs_h, mask=mask_next, other=0.0)
@@ -232,9 +226,7 @@ def backward_persistent(
             dy_parts = load_parts(dy_below_ptrs + slot(s) * slot_size, p, PROGRAMS, PARTS)
             # the dy of the step after next, while both are on their way: one latency instead of three
             seen = wait_unless(counter_above, up * tl.minimum(s + 4, T + 1) * PROGRAMS, seen)
-            mask_after = mask
-            if VARLEN:
-                mask_after = mask & (t_after < lengths)[None, :]
+            mask_after = mask & (t_after < lengths)[None, :] if VARLEN else mask
             dy_ptrs = d_output_ptr + row_after * (D * H) + offs_h
             dy_after = tl.load(dy_ptrs, mask=mask_after, other=0.0, cache_modifier=".cg")
             dh_new = add_tiles(dh_parts)
@@ -243,13 +235,9 @@ def backward_persistent(
         else:
             # tile by tile: streaming, the tiles of W_hh leave no registers to hold all parts
             dh_new = add_parts(own_ptrs + slot(s) * slot_size, p, PROGRAMS, PARTS)
-        if VARLEN:
-            active = (t < lengths)[None, :]
-            dh = tl.where(active, dh_new, dh)  # dy is 0 where a row is not active
-            dc = tl.where(active, dc_new, dc)
-        else:
-            dh = dh_new
-            dc = dc_new
+        # dy is 0 where a row is not active
+        dh = tl.where((t < lengths)[None, :], dh_new, dh) if VARLEN else dh_new
+        dc = tl.where((t < lengths)[None, :], dc_new, dc) if VARLEN else dc_new
         t = t_next
         t_next = t_after
         row = row_next

@@ -77,13 +77,9 @@ def backward_resident(
     row_1 = first_row(t_1, B, offsets_ptr, VARLEN) + b0
     t_2 = tl.minimum(tl.maximum(t_1 + step, 0), T - 1)
     row_2 = first_row(t_2, B, offsets_ptr, VARLEN) + b0
-    mask_t = mask
-    mask_1 = mask
-    mask_gates_t = mask_gates
-    if VARLEN:
-        mask_t = mask & (t < lengths)[None, :]
-        mask_1 = mask & (t_1 < lengths)[None, :]
-        mask_gates_t = mask_gates & (t < lengths)[None, :]
+    mask_t = mask & (t < lengths)[None, :] if VARLEN else mask
+    mask_1 = mask & (t_1 < lengths)[None, :] if VARLEN else mask
+    mask_gates_t = mask_gates & (t < lengths)[None, :] if VARLEN else mask_gates
     saved = tl.load(gates_ptr + row * (D * 4 * H) + offs_gates, mask=mask_gates_t, other=0.0)
     dy = tl.load(d_output_ptr + row * (D * H) + offs_h, mask=mask_t, other=0.0)
     c = tl.load(cells_ptr + row * (D * H) + offs_h, mask=mask_t, other=0.0)
@@ -93,11 +89,8 @@ def backward_resident(
         # gates and dy arrive one step ahead of their use, cells two, row numbers three; at the end the last row again
         t_3 = tl.minimum(tl.maximum(t_2 + step, 0), T - 1)
         row_3 = first_row(t_3, B, offsets_ptr, VARLEN) + b0
-        mask_2 = mask
-        mask_gates_1 = mask_gates
-        if VARLEN:
-            mask_2 = mask & (t_2 < lengths)[None, :]
-            mask_gates_1 = mask_gates & (t_1 < lengths)[None, :]
+        mask_2 = mask & (t_2 < lengths)[None, :] if VARLEN else mask
+        mask_gates_1 = mask_gates & (t_1 < lengths)[None, :] if VARLEN else mask_gates
         saved_1 = tl.load(gates_ptr + row_1 * (D * 4 * H) + offs_gates, mask=mask_gates_1, other=0.0)
         dy_1 = tl.load(d_output_ptr + row_1 * (D * H) + offs_h, mask=mask_1, other=0.0)
         c_2 = tl.load(cells_ptr + row_2 * (D * H) + offs_h, mask=mask_2, other=0.0)
@@ -114,13 +107,8 @@ def backward_resident(
         tl.store(dgates_ptr + row * (D * 4 * H) + offs_gates, da, mask=mask_gates_t)
 
         dh_new = dot(w_t, da, PRECISION)
-        if VARLEN:
-            active = (t < lengths)[None, :]
-            dh = tl.where(active, dh_new, dh)
-            dc = tl.where(active, dc_new, dc)
-        else:
-            dh = dh_new
-            dc = dc_new
+        dh = tl.where((t < lengths)[None, :], dh_new, dh) if VARLEN else dh_new
+        dc = tl.where((t < lengths)[None, :], dc_new, dc) if VARLEN else dc_new
         t = t_1
         t_1 = t_2
         t_2 = t_3

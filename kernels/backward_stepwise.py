@@ -8,7 +8,7 @@ The counterpart of forward_stepwise.py; (t+1 and t-1 change places in direction 
 import triton
 import triton.language as tl
 
-from .cell import cell_backward, dot_apart, first_row, rounded
+from .cell import cell_backward, dot_apart, first_row, load_gates, rounded, store_gates
 
 
 @triton.jit(do_not_specialize=["s", "T", "B"])
@@ -38,7 +38,6 @@ def backward_stepwise(
     pid_b = tl.program_id(1)
     direction = tl.program_id(2)
     D = tl.num_programs(2)
-    dtype = gates_ptr.dtype.element_ty
 
     b = tl.arange(0, BLOCK_B)
     k = tl.arange(0, BLOCK_K)
@@ -81,20 +80,13 @@ def backward_stepwise(
     dh += tl.load(d_output_ptr + row * (D * H) + offs_h, mask=mask_t, other=0.0).to(tl.float32)
     dc = tl.load(dc_ptr + state + offs_state, mask=mask, other=0.0)
 
-    gates_t = gates_ptr + row * (D * 4 * H) + offs_gates
-    i = tl.load(gates_t, mask=mask_t, other=0.0).to(tl.float32)
-    f = tl.load(gates_t + H, mask=mask_t, other=0.0).to(tl.float32)
-    g = tl.load(gates_t + 2 * H, mask=mask_t, other=0.0).to(tl.float32)
-    o = tl.load(gates_t + 3 * H, mask=mask_t, other=0.0).to(tl.float32)
+    i, f, g, o = load_gates(gates_ptr + row * (D * 4 * H) + offs_gates, mask_t, H)
+    i, f, g, o = i.to(tl.float32), f.to(tl.float32), g.to(tl.float32), o.to(tl.float32)
     c = tl.load(cells_ptr + row * (D * H) + offs_h, mask=mask_t, other=0.0)
     c_before = tl.load(cells_ptr + row_before * (D * H) + offs_h, mask=mask & has_before, other=0.0)
     c0 = tl.load(c0_ptr + state + offs_state, mask=mask, other=0.0).to(tl.float32)
 
     di, df, dg, do, dc = cell_backward(dh, dc, i, f, g, o, tl.where(has_before, c_before, c0), c)
 
-    dgates_t = dgates_ptr + row * (D * 4 * H) + offs_gates
-    tl.store(dgates_t, di.to(dtype), mask=mask_t)
-    tl.store(dgates_t + H, df.to(dtype), mask=mask_t)
-    tl.store(dgates_t + 2 * H, dg.to(dtype), mask=mask_t)
-    tl.store(dgates_t + 3 * H, do.to(dtype), mask=mask_t)
+    store_gates(dgates_ptr + row * (D * 4 * H) + offs_gates, di, df, dg, do, mask_t, H)
     tl.store(dc_ptr + state + offs_state, dc, mask=mask_t)

@@ -300,15 +300,9 @@ def forward_persistent(
         i, f, g, o = split_gates(activated, BLOCK_H, BLOCK_B, RUN=BLOCK_H)
         c_new = f * c + i * g
         h_new = o * tanh(c_new)
-        mask_t = mask
-        if VARLEN:
-            active = (t < lengths)[None, :]
-            mask_t = mask & active
-            c = tl.where(active, c_new, c)
-            h = tl.where(active, h_new.to(dtype), h)
-        else:
-            c = c_new
-            h = h_new.to(dtype)
+        mask_t = mask & (t < lengths)[None, :] if VARLEN else mask
+        c = tl.where((t < lengths)[None, :], c_new, c) if VARLEN else c_new
+        h = tl.where((t < lengths)[None, :], h_new.to(dtype), h) if VARLEN else h_new.to(dtype)
         tl.store(h_own + place(s + 1, STACK) * slot_size, rounded(h, PRECISION))
         arrive(counter, HIP)
 

@@ -85,17 +85,10 @@ def forward_resident(
 
         a = dot(w, rounded(h, PRECISION), PRECISION) + x.to(tl.float32)
         i, f, g, o, c_new, h_new = cell_forward(a, c, BLOCK_H, BLOCK_B)
-        mask_t = mask
-        mask_gates_t = mask_gates
-        if VARLEN:
-            active = (t < lengths)[None, :]
-            mask_t = mask & active
-            mask_gates_t = mask_gates & active
-            c = tl.where(active, c_new, c)
-            h = tl.where(active, h_new.to(dtype), h)
-        else:
-            c = c_new
-            h = h_new.to(dtype)
+        mask_t = mask & (t < lengths)[None, :] if VARLEN else mask
+        mask_gates_t = mask_gates & (t < lengths)[None, :] if VARLEN else mask_gates
+        c = tl.where((t < lengths)[None, :], c_new, c) if VARLEN else c_new
+        h = tl.where((t < lengths)[None, :], h_new.to(dtype), h) if VARLEN else h_new.to(dtype)
 
         tl.store(output_ptr + row * (D * H) + offs_h, h, mask=mask_t)
         if SAVE:
