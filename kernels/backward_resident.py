@@ -6,9 +6,6 @@ The counterpart of forward_resident.py: W_hh is read once, dh and dc never leave
 saved arrives one step ahead of its use. The gradients of weights, input and h0 are GEMMs over all of dgates, after.
 """
 
-# pyright: reportGeneralTypeIssues=false, reportArgumentType=false
-# (a type checker takes a jit function for one that only raises)
-
 import triton
 import triton.language as tl
 

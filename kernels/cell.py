@@ -6,9 +6,6 @@ unit in its registers. `split_gates` is then free, where the plain order needs a
 The equations are in README.md.
 """
 
-# pyright: reportGeneralTypeIssues=false, reportArgumentType=false
-# (a type checker takes a jit function for one that only raises)
-
 import triton
 import triton.language as tl
 

@@ -6,9 +6,6 @@ W_hh is read once; h and c never leave the chip; no program waits for another. T
 the wait for memory would be longer than the arithmetic. A larger W_hh does not fit: see forward_stepwise.py.
 """
 
-# pyright: reportGeneralTypeIssues=false, reportArgumentType=false
-# (a type checker takes a jit function for one that only raises)
-
 import triton
 import triton.language as tl
 

@@ -6,9 +6,6 @@ For a W_hh that does not fit one program. T launches, each of which reads W_hh a
 the arithmetic (small H) forward_resident.py is the tool.
 """
 
-# pyright: reportGeneralTypeIssues=false, reportArgumentType=false
-# (a type checker takes a jit function for one that only raises)
-
 import triton
 import triton.language as tl
 
