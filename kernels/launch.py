@@ -128,23 +128,23 @@ def together(kernel: Any, grid: tuple[int, int], **arguments: Any) -> None:
         raise _RefusedError(math.prod(grid) - 1 if too_many in str(error) else 0) from error
 
 
-@laid_out_anew
-def _forward(gates_x, h0, c0, w_hh, batch_sizes, save, plan):
-    """`lstm_forward` without projection."""
+def forward_pass(gates_x, h0, c0, w_hh, batch_sizes, save, plan, above=None):
+    """Run `lstm_forward` without projection; with `above`, (bias, w_ih), it is `wavefront.stack_forward`."""
     D, B, H = c0.shape
+    parts = D if above is None else 1  # of gates_x
     N, dtype = gates_x.shape[0], gates_x.dtype
     T = steps(N, B, batch_sizes)
-    if gates_x.shape[1] != D * 4 * H or w_hh.shape != (D, 4 * H, H):  # a kernel would read past the end of them
+    if gates_x.shape[1] != parts * 4 * H or w_hh.shape != (D, 4 * H, H):  # a kernel would read past the end of them
         raise RuntimeError(f"Expected weight_hh of size {(4 * H, H)} in a layer of hidden_size={H}")
     gates_x, h0, c0, w_hh = (tensor.contiguous() for tensor in (gates_x, h0, c0, w_hh))
     output = gates_x.new_empty(N, D * H)
     # each element is read and written by one program, which cannot know what to write before it has read
-    gates = gates_x if save else gates_x.new_empty(0)
+    gates = gates_x if save and parts == D else gates_x.new_empty((N, D * 4 * H) if save else 0)
     cells = gates_x.new_empty((N, D * H) if save else 0, dtype=torch.float32)
     if N == 0:
         return output, h0.clone(), c0.clone(), gates, cells
 
-    plan, common = prepare(T, c0, dtype, batch_sizes, plan, backward=False)
+    plan = settle(plan, c0, dtype, backward=False)
     shared = {
         "gates_x_ptr": gates_x,
         "w_hh_ptr": w_hh,
@@ -152,7 +152,7 @@ def _forward(gates_x, h0, c0, w_hh, batch_sizes, save, plan):
         "gates_ptr": gates,
         "cells_ptr": cells,
         "SAVE": save,
-        **common,
+        **common_arguments(plan, T, c0, dtype, batch_sizes, backward=False),
     }
     with device_guard(c0.device):
         if plan.regime == "resident":
@@ -161,9 +161,11 @@ def _forward(gates_x, h0, c0, w_hh, batch_sizes, save, plan):
             forward_resident[grid](**shared, h0_ptr=h0, c0_ptr=c0, h_n_ptr=h_n, c_n_ptr=c_n)
         elif plan.kernel == "persistent":
             h_n, c_n = torch.empty_like(h0), torch.empty_like(c0)
+            width, slots = width_of(plan, H), 2 if above is None else T + 1
             # zeros: units past H meet zeros of W_hh, but a NaN among them would be one after the product too
-            exchange = gates_x.new_zeros(2, at_once(plan, B, D), plan.BLOCK_B, width_of(plan, H))
-            shared |= {"w_hh_ptr": padded(plan, w_hh, width_of(plan, H)), "exchange_ptr": exchange, "bias_ptr": None}
+            shared["exchange_ptr"] = gates_x.new_zeros(slots, at_once(plan, B, D), plan.BLOCK_B, width)
+            shared["w_hh_ptr"] = padded(plan, w_hh, above and above[1], width)
+            shared["bias_ptr"] = above and above[0].contiguous()
             for grid, meeting in meetings(plan, c0):
                 together(forward_persistent, grid, **shared, **meeting, h0_ptr=h0, c0_ptr=c0, h_n_ptr=h_n, c_n_ptr=c_n)
         else:
@@ -179,9 +181,8 @@ def _forward(gates_x, h0, c0, w_hh, batch_sizes, save, plan):
     return output, h_n, c_n, gates, cells
 
 
-@laid_out_anew
-def _backward(d_output, dh_n, dc_n, gates, cells, c0, w_hh, batch_sizes, plan):
-    """`lstm_backward` without projection."""
+def backward_pass(d_output, dh_n, dc_n, gates, cells, c0, w_hh, batch_sizes, plan, w_ih=None):
+    """Run `lstm_backward` without projection; with `w_ih`, it is `wavefront.stack_backward`."""
     D, B, H = c0.shape
     N, dtype = gates.shape[0], gates.dtype
     T = steps(N, B, batch_sizes)
@@ -191,7 +192,7 @@ def _backward(d_output, dh_n, dc_n, gates, cells, c0, w_hh, batch_sizes, plan):
     if N == 0:
         return dgates, dc_n.clone()
 
-    plan, common = prepare(T, c0, dtype, batch_sizes, plan, backward=True)
+    plan = settle(plan, c0, dtype, backward=True)
     shared = {
         "d_output_ptr": d_output,
         "dh_n_ptr": dh_n,
@@ -200,7 +201,7 @@ def _backward(d_output, dh_n, dc_n, gates, cells, c0, w_hh, batch_sizes, plan):
         "c0_ptr": c0,
         "w_hh_ptr": w_hh,
         "dgates_ptr": dgates,
-        **common,
+        **common_arguments(plan, T, c0, dtype, batch_sizes, backward=True),
     }
     with device_guard(c0.device):
         if plan.regime == "resident":
@@ -208,10 +209,17 @@ def _backward(d_output, dh_n, dc_n, gates, cells, c0, w_hh, batch_sizes, plan):
             backward_resident[(triton.cdiv(B, plan.BLOCK_B), D)](**shared, dc_n_ptr=dc_n, dc0_ptr=dc0)
         elif plan.kernel == "persistent":
             dc0 = torch.empty_like(c0)
+            programs = triton.cdiv(H, plan.BLOCK_H)
+            units = programs * plan.BLOCK_H
+            width = width_of(plan, H if w_ih is None else 2 * units)
+            if w_ih is None:
+                weights = padded(plan, w_hh, None, width)
+            else:
+                weights = pad(padded(plan, w_hh, w_ih, units), (0, width - 2 * units))
+                shared["d_output_ptr"] = d_output.clone()  # the kernel fills in the dy of the layers below the last
             # in the dtype of gates: half the traffic, and the rounding of dgates itself weighs more (see README.md)
-            owners, programs = width_of(plan, H) // plan.BLOCK_H, -(-H // plan.BLOCK_H)
-            partials = gates.new_empty(2, at_once(plan, B, D), owners, programs, plan.BLOCK_B, plan.BLOCK_H)
-            shared |= {"w_hh_ptr": padded(plan, w_hh, width_of(plan, H)), "partials_ptr": partials}
+            tiles = (width // plan.BLOCK_H, programs, plan.BLOCK_B, plan.BLOCK_H)
+            shared |= {"w_hh_ptr": weights, "partials_ptr": gates.new_empty(2, at_once(plan, B, D), *tiles)}
             for grid, meeting in meetings(plan, c0):
                 together(backward_persistent, grid, **shared, **meeting, dc_n_ptr=dc_n, dc0_ptr=dc0)
         else:
@@ -223,33 +231,34 @@ def _backward(d_output, dh_n, dc_n, gates, cells, c0, w_hh, batch_sizes, plan):
     return dgates, dc0
 
 
-def prepare(
-    T: int,
-    c0: Tensor,
-    dtype: torch.dtype,
-    batch_sizes: Tensor | None,
-    plan: Plan | str | None,
-    backward: bool,
-    stack: bool = False,
-) -> tuple[Plan, dict[str, Any]]:
-    """Settle the plan; return it with the arguments that every kernel takes."""
+_forward, _backward = laid_out_anew(forward_pass), laid_out_anew(backward_pass)
+
+
+def settle(plan: Plan | str | None, c0: Tensor, dtype: torch.dtype, backward: bool, stack: bool = False) -> Plan:
+    """Return the plan of a pass over the D directions, or the layers of a `stack`, of c0 [D, B, H]."""
+    if isinstance(plan, Plan):
+        return plan
     D, B, H = c0.shape
     device = device_of(c0.device)
-    PRECISION = precision(dtype, device)
-    if not isinstance(plan, Plan):
-        layers, directions = (D, 1) if stack else (1, D)
-        problem = Problem(1, B, H, H, L=layers, D=directions, dtype=dtype, tf32=PRECISION == "tf32")
-        plan = choose(problem, device, backward, plan or "")
-    lengths = offsets = None
-    if batch_sizes is not None:
-        lengths, offsets = spans(batch_sizes, B, c0.device)
-    return plan, {
+    layers, directions = (D, 1) if stack else (1, D)
+    problem = Problem(1, B, H, H, L=layers, D=directions, dtype=dtype, tf32=precision(dtype, device) == "tf32")
+    return choose(problem, device, backward, plan or "")
+
+
+def common_arguments(
+    plan: Plan, T: int, c0: Tensor, dtype: torch.dtype, batch_sizes: Tensor | None, backward: bool
+) -> dict[str, Any]:
+    """Return the arguments that every kernel takes."""
+    _, B, H = c0.shape
+    device = device_of(c0.device)
+    lengths, offsets = (None, None) if batch_sizes is None else spans(batch_sizes, B, c0.device)
+    return {
         "lengths_ptr": lengths,
         "offsets_ptr": offsets,
         "T": T,
         "B": B,
         "H": H,
-        "PRECISION": PRECISION,
+        "PRECISION": precision(dtype, device),
         "VARLEN": batch_sizes is not None,
         **_layout(plan, backward, device),
     }
@@ -304,11 +313,17 @@ def width_of(plan: Plan, columns: int) -> int:
     return kept + -(-(columns - kept) // plan.TAIL_K) * plan.TAIL_K
 
 
-def padded(plan: Plan, weight: Tensor, width: int) -> Tensor:
-    """Return weights [D, 4H, H] with zeros up to whole programs and `width`: no mask, and aligned rows, in a kernel."""
-    D, _, H = weight.shape
+def padded(plan: Plan, w_hh: Tensor, w_ih: Tensor | None, width: int) -> Tensor:
+    """Return W_hh [D, 4, UNITS, width] with zeros up to whole programs: no mask, and aligned rows, in a kernel.
+
+    Beside it, in a stack, stands W_ih of the layers above the first, zeros for that: [D, 4, UNITS, 2 * width].
+    """
+    D, _, H = w_hh.shape
     columns, units = width - H, -H % plan.BLOCK_H
-    return pad(weight.view(D, 4, H, H), (0, columns, 0, units)) if columns or units else weight
+    if w_ih is not None:
+        weights = (w_hh, pad(w_ih, (0, 0, 0, 0, 1, 0)))
+        return torch.cat([pad(weight.view(D, 4, H, H), (0, columns, 0, units)) for weight in weights], 3)
+    return pad(w_hh.view(D, 4, H, H), (0, columns, 0, units)) if columns or units else w_hh
 
 
 def steps(N: int, B: int, batch_sizes: Tensor | None) -> int:

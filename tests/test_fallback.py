@@ -37,7 +37,6 @@ class Driver:
         self.grids: list[int] = []
         for name in ("forward_persistent", "backward_persistent"):
             monkeypatch.setattr(launch, name, self)
-            monkeypatch.setattr(wavefront, name, self)
         monkeypatch.setattr(launch, "device_of", lambda device: self.device)
         monkeypatch.setattr(launch, "limit_processors", self.limit)
 

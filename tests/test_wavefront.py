@@ -220,15 +220,15 @@ def lstm(T: int = 4, packed: bool = False, dtype: torch.dtype = torch.float16, *
 @pytest.fixture
 def grids(monkeypatch) -> list[tuple[int, int]]:
     """An H100 to every eye but torch's; the grids of the launches of a stack."""
-    found = []
+    found, launched = [], launch.together
 
     def together(kernel, grid, **arguments):
         found.append(grid)
-        launch.together(kernel, grid, **arguments)
+        launched(kernel, grid, **arguments)
 
     for module in (functional, launch):
         monkeypatch.setattr(module, "device_of", lambda device: H100)
-    monkeypatch.setattr(wavefront, "together", together)
+    monkeypatch.setattr(launch, "together", together)
     return found
 
 
