@@ -58,16 +58,9 @@ def result_dtypes(
     On a CPU without oneDNN it steps through ops of which autocast knows the GEMMs only, so that the cell stays in the
     dtype of c0, and with it what no GEMM follows. `packed` is false where all rows are as long: stock sees that, too.
     """
-    stepwise = packed or projected or c0.shape[1] == 0 or not _onednn_has(data.dtype, torch.is_grad_enabled())
+    onednn = cpu_rules.onednn_has(data.dtype, torch.is_grad_enabled())
+    stepwise = packed or projected or c0.shape[1] == 0 or not onednn
     if data.device.type != "cpu" or not stepwise:
         return dtype, dtype
     cell = torch.promote_types(dtype, c0.dtype)
     return dtype if projected else cell, cell
-
-
-def _onednn_has(dtype: torch.dtype, graph: bool) -> bool:
-    return cpu_rules.onednn_has(dtype, graph)
-
-
-# all that torch.compiler.assume_constant_result does, but for importing torch._dynamo, and triton with it
-_onednn_has._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]

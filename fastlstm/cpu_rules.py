@@ -241,6 +241,10 @@ def onednn_has(dtype: torch.dtype, graph: bool = True) -> bool:
     )
 
 
+# all that torch.compiler.assume_constant_result does, but for importing torch._dynamo, and triton with it
+onednn_has._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
+
+
 def is_widened(dtype: torch.dtype) -> bool:
     """Whether a CPU should compute a dtype in float32, since oneDNN has no product in it on this machine."""
     return dtype in (torch.float16, torch.bfloat16) and not (_onednn_is_on() and dtype in _MULTIPLIED)

@@ -163,7 +163,7 @@ def gemms_suffice(backend: str, device: torch.device, dtype: torch.dtype, projec
     return _resolve(backend, device, dtype).startswith("triton")
 
 
-# as `autocast._onednn_has`; it may ask the driver of a GPU
+# as `cpu_rules.onednn_has`; it may ask the driver of a GPU
 gemms_suffice._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
