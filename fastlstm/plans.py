@@ -305,8 +305,3 @@ def every_plan(dtype: torch.dtype, target: str, tf32: bool = True) -> Iterator[t
                     alignment = min(H & -H, 16 // dtype.itemsize)
                     found[replace(plan, groups=0), backward, alignment] = H
     yield from ((H, backward, plan) for (plan, backward, _), H in found.items())
-
-
-def precisions(dtype: torch.dtype, target: str) -> tuple[str, ...]:
-    """Return the dot precisions a dtype may be compiled for: float32 follows torch's TF32 settings on NVIDIA."""
-    return ("tf32", "ieee") if dtype == torch.float32 and target.startswith("sm_") else ("ieee",)

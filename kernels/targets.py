@@ -26,9 +26,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from .. import plans
 from ..dispatch import interpreting
-from ..plans import PERSISTENT_REGISTERS, SHARED_MEMORY, Plan
+from ..plans import PERSISTENT_REGISTERS, SHARED_MEMORY, Plan, every_plan
 from .backward_persistent import backward_persistent
 from .backward_resident import backward_resident
 from .backward_stepwise import backward_stepwise
@@ -115,8 +114,9 @@ def configurations(target: str, dtypes: Sequence[str], every_flag: bool = True) 
     """
     flags = (False, True) if every_flag else (True,)
     for dtype in dtypes:
-        for precision in plans.precisions(getattr(torch, dtype), target):
-            for H, backward, plan in plans.every_plan(getattr(torch, dtype), target, tf32=precision == "tf32"):
+        # float32 follows torch's TF32 settings on NVIDIA
+        for precision in ("tf32", "ieee") if dtype == "float32" and target.startswith("sm_") else ("ieee",):
+            for H, backward, plan in every_plan(getattr(torch, dtype), target, tf32=precision == "tf32"):
                 kernel = f"{'backward' if backward else 'forward'}_{plan.kernel}"
                 for VARLEN in flags:
                     for SAVE in (False,) if backward else flags:
