@@ -318,7 +318,7 @@ def explain(module: LSTM | LSTMCell, input: Tensor | PackedSequence, hx: States 
 
 def _one_step(
     cell: LSTMCell, input: Any, hx: States | None, backend: str
-) -> tuple[functional.Stateless, list[Tensor], Tensor, States]:
+) -> tuple[functional.Stateless, list[Tensor], Tensor, Any]:
     """Return the arguments of `functional.forward` that run a cell as one layer and one step."""
     if hx is not None:
         checks.check_pair(hx, "lstm_cell")
@@ -327,15 +327,11 @@ def _one_step(
             raise ValueError(f"LSTMCell: Expected {name} to be 1D or 2D, got {value.dim()}D instead")
     batched = input.dim() == 2
     rows = input if batched else input.unsqueeze(0)
-    if hx is None:
-        zeros = rows.new_zeros(rows.size(0), cell.hidden_size)
-        states = (zeros, zeros)
-    else:
-        states: Any = hx if batched else tuple(state.unsqueeze(0) for state in hx)
+    states: Any = [state if batched else state.unsqueeze(0) for state in hx or ()]
     checks.check_cell(cell, rows, states)
     weights = [w for w in (cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh) if w is not None]
     if not torch._C._is_any_autocast_enabled():
         checks.check_alike(rows, states, weights)
     sizes = (cell.input_size, cell.hidden_size, 0, 1)
     network = functional.Stateless(*sizes, cell.bias, False, 0.0, False, cell.training, backend)
-    return network, weights, rows.unsqueeze(0), (states[0].unsqueeze(0), states[1].unsqueeze(0))
+    return network, weights, rows.unsqueeze(0), None if hx is None else tuple(s.unsqueeze(0) for s in states)
