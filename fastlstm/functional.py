@@ -295,14 +295,6 @@ def _decision(
     return decision
 
 
-class _Flat(Stateless):
-    """A network whose weights are in cuDNN's buffer already."""
-
-    def weights_for_cudnn(self, weights: list[Tensor]) -> list[Tensor]:
-        """Return them as they are."""
-        return weights
-
-
 def trial(problem: Problem, device: torch.device, backend: str) -> Callable[[], list[Tensor]]:
     """Return a run of a problem on made-up data: forward and, if it trains, backward, to all results and gradients.
 
@@ -312,8 +304,8 @@ def trial(problem: Problem, device: torch.device, backend: str) -> Callable[[], 
     width = p.P or p.H
     shapes = []
     for layer in range(p.L):
-        rows = [(4 * p.H, p.D * width if layer else p.I), (4 * p.H, width), (4 * p.H,), (4 * p.H,)]
-        shapes += (rows + ([(p.P, p.H)] if p.P else [])) * p.D
+        sizes = checks.weight_sizes(p.D * width if layer else p.I, p.H, width).values()
+        shapes += [*sizes][: 5 if p.P else 4] * p.D
     generator = torch.Generator(device).manual_seed(0)
 
     def uniform(bound: float, *shape: int) -> Tensor:
@@ -321,8 +313,9 @@ def trial(problem: Problem, device: torch.device, backend: str) -> Callable[[], 
         return values.requires_grad_(p.training)
 
     weights = [uniform(p.H**-0.5, *shape) for shape in shapes]  # as nn.LSTM has them at first
-    network = _Flat(p.I, p.H, p.P, p.L, True, False, 0.0, p.D == 2, p.training, backend)
+    network = Stateless(p.I, p.H, p.P, p.L, True, False, 0.0, p.D == 2, p.training, backend)
     stock.flatten(network, weights)
+    network.weights_for_cudnn = lambda weights: weights  # they are in cuDNN's buffer already
     if p.runs:  # half of the rows' lengths lie between T/2 and T
         batch_sizes = torch.tensor([max(1, min(p.B, 2 * p.B * (p.T - t) // p.T)) for t in range(p.T)])
         data = uniform(1, int(batch_sizes.sum()), p.I)
@@ -378,7 +371,7 @@ def _run_layers(
         if backend == "onednn":
             rows, *last = cpu.lstm_layer(*arguments, batch_sizes)
         else:
-            rows, *last = autograd.lstm_layer(*arguments, batch_sizes, backend, network.recompute and not stack, stack)
+            rows, *last = autograd.lstm_layer(*arguments, batch_sizes, backend, network.recompute, stack)
         last_states.append(last)
         if network.dropout and network.training and first + together < L * D:
             rows = F.dropout(rows, network.dropout)
