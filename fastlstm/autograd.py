@@ -73,7 +73,7 @@ def lstm_layer(
 
 
 def differentiable_backward(
-    cotangents: tuple[Tensor, Tensor, Tensor],
+    cotangents: tuple[Tensor, ...],
     inputs: tuple[Any, ...],
     needs: tuple[bool, ...],
     batch_sizes: Tensor | None,
@@ -166,7 +166,8 @@ def _differentiate(
     d_output, dh_n, dc_n, *_ = cotangents
     if dh_n is None and dc_n is None and h0.shape == c0.shape:  # most often so: a tensor less to fill is a launch less
         dh_n = dc_n = torch.zeros_like(c0)
-    of_results = (_or_zeros(d_output, output), _or_zeros(dh_n, h0), _or_zeros(dc_n, c0))
+    given = zip((d_output, dh_n, dc_n), (output, h0, c0), strict=True)
+    of_results = tuple(torch.zeros_like(like) if tensor is None else tensor for tensor, like in given)
     flat = spread(weights, len(h0))
     needs = (*needs, *(bool(need) for need in spread(needs_weights, len(h0))))
     arguments = (of_results, (x, h0, c0, *flat), needs)
@@ -186,12 +187,8 @@ def _differentiate(
     return [*gradients[:3], *itertools.compress(gradients[3:], there)]
 
 
-def _or_zeros(cotangent: Tensor | None, like: Tensor) -> Tensor:
-    return torch.zeros_like(like) if cotangent is None else cotangent
-
-
 def _gradients(
-    cotangents: tuple[Tensor, Tensor, Tensor],
+    cotangents: tuple[Tensor, ...],
     inputs: tuple[Any, ...],
     needs: tuple[bool, ...],
     saved: tuple[Tensor, Tensor, Tensor],
@@ -202,14 +199,15 @@ def _gradients(
     """Run the recurrence's adjoint, then one GEMM over all rows for each gradient that is needed."""
     x, h0, c0, *flat = inputs
     output, gates, cells = saved
-    shape, (x, output, d_output) = x.shape, map(as_rows, (x, output, cotangents[0]))
+    d_output, dh_n, dc_n = cotangents
+    shape, (x, output, d_output) = x.shape, map(as_rows, (x, output, d_output))
     needs_x, needs_h0, needs_c0, *needs_flat = needs
     D, B, _ = h0.shape
     H = c0.shape[2]
     w_ih, w_hh, w_hr = by_kind(flat)
     above = by_layer(flat)[1] if stack else None
     run = lstm_backward if tracing.watched(*cotangents, gates, cells, c0, *w_hh) else run_backward
-    dgates, dc0, dh = run(d_output, *cotangents[1:], gates, cells, c0, w_hh, w_hr, batch_sizes, backend, above)
+    dgates, dc0, dh = run(d_output, dh_n, dc_n, gates, cells, c0, w_hh, w_hr, batch_sizes, backend, above)
 
     dh0: list[Tensor] = []
     dflat: list[Tensor | None] = []
