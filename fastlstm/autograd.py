@@ -16,14 +16,14 @@ from torch.nn import functional as F  # noqa: N812
 
 from fastlstm import autocast, gemms, packing, reference, tracing
 from fastlstm.ops import as_rows, gemms_suffice, lstm_backward, lstm_forward, lstm_gates, run_backward, run_forward
-from fastlstm.weights import DirectionWeights, biases, by_kind, by_layer, join, spread, stack_tensors
+from fastlstm.weights import biases, by_kind, by_layer, join, spread, stack_tensors
 
 
 def lstm_layer(
     x: Tensor,
     h0: Tensor,
     c0: Tensor,
-    weights: Sequence[DirectionWeights],
+    weights: Sequence[Tensor],
     batch_sizes: Tensor | None,
     backend: str,
     recompute: bool = False,
@@ -35,7 +35,7 @@ def lstm_layer(
         x: [N, I], or dense rows as [T, B, I].
         h0: [D, B, P] (P is H without projection).
         c0: [D, B, H].
-        weights: one tuple (w_ih, w_hh, b_ih, b_hh, w_hr) a direction; biases and w_hr may be None.
+        weights: of each direction w_ih, w_hh and, where there are, b_ih, b_hh and w_hr: torch's flat order.
         batch_sizes: [T] int64 on the CPU for packed rows, or None for dense ones.
         backend: "reference", "triton" (and, after a space, the name of a layout), or "auto" for the better of the two
             where and when the layer runs.
@@ -50,25 +50,23 @@ def lstm_layer(
         output [N, D*P] (or [T, B, D*P]; of a stack that of its last layer, [..., H]; never a view), h_n [D, B, P],
         c_n [D, B, H].
     """
-    flat = [weight for direction in weights for weight in direction]
     if tracing.transformed():
-        output, h_n, c_n = _differentiable(x, h0, c0, flat, batch_sizes, stack)
+        output, h_n, c_n = _differentiable(x, h0, c0, spread(weights, len(h0)), batch_sizes, stack)
     else:
-        present = [weight for weight in flat if weight is not None]
-        needed = torch.is_grad_enabled() and any(t.requires_grad for t in (x, h0, c0, *present))
+        needed = torch.is_grad_enabled() and any(t.requires_grad for t in (x, h0, c0, *weights))
         recompute = recompute and needed
         # an exported program is for inference first: trained after all, backward makes again what was not saved
         save = needed and not torch.compiler.is_exporting()
-        if recompute and not gemms_suffice(backend, x.device, x.dtype, flat[4] is not None):
+        if recompute and not gemms_suffice(backend, x.device, x.dtype, len(weights) // len(h0) % 2 == 1):
             save = False
         how = (batch_sizes, save, recompute, backend, stack)
-        if tracing.watched(x, h0, c0, *present):
-            output, h_n, c_n, _, _ = lstm_forward(x, h0, c0, present, *how)
+        if tracing.watched(x, h0, c0, *weights):
+            output, h_n, c_n, _, _ = lstm_forward(x, h0, c0, weights, *how)
         elif needed:
-            output, h_n, c_n, _, _ = LSTMFunction.apply(x, h0, c0, *how, *present)
+            output, h_n, c_n, _, _ = LSTMFunction.apply(x, h0, c0, *how, *weights)
         else:
             with torch._C._AutoDispatchBelowAutograd():
-                output, h_n, c_n, _, _ = run_forward(x, h0, c0, present, *how)
+                output, h_n, c_n, _, _ = run_forward(x, h0, c0, weights, *how)
     return output[..., -h0.shape[2] :].contiguous() if stack else output, h_n, c_n
 
 

@@ -34,7 +34,7 @@ from torch import Tensor
 from fastlstm import autocast, autograd, checks, cpu_rules, cutting, packing, tracing
 from fastlstm.ops import as_rows, shaped_as
 from fastlstm.stock import ONEDNN_LSTM
-from fastlstm.weights import DirectionWeights
+from fastlstm.weights import DirectionWeights, directions
 
 _autograd = torch._C._autograd  # pyright: ignore[reportAttributeAccessIssue]
 _SATURATED = (-1e30, 1e30, 0.0, -1e30)
@@ -45,34 +45,27 @@ def lstm_layer(
     x: Tensor,
     h0: Tensor,
     c0: Tensor,
-    weights: Sequence[DirectionWeights],
+    weights: Sequence[Tensor],
     batch_sizes: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Run the D directions of one layer over rows: `autograd.lstm_layer`, by oneDNN.
+    """Run the D directions of one layer, as `autograd.lstm_layer` does, by oneDNN.
 
-    Args:
-        x: [N, I], or dense rows as [T, B, I]; float32, or in 16 bit, which is widened where oneDNN has no layer in it.
-        h0: [D, B, P] (P is H without projection).
-        c0: [D, B, H].
-        weights: one tuple (w_ih, w_hh, b_ih, b_hh, w_hr) a direction; biases and w_hr may be None.
-        batch_sizes: [T] int64 on the CPU for packed rows, or None for dense ones.
-
-    Returns:
-        output [N, D*P] (or [T, B, D*P]; never a view), h_n [D, B, P], c_n [D, B, H].
+    x is float32, or in 16 bit, which is widened where oneDNN has no layer in it.
     """
-    for direction in weights:
+    by_direction = directions(weights, len(h0))
+    for direction in by_direction:
         checks.check_weights(direction, x.shape[-1], c0.shape[2], h0.shape[2])
     if batch_sizes is None:
         B = h0.shape[1]
         batch_sizes = torch.full((x.shape[:-1].numel() // B,), B, device="cpu")
-    if weights[0][4] is not None:
-        return _project(x, h0, c0, weights, batch_sizes)
-    flat = [weight for direction in weights for weight in direction]
+    if by_direction[0][4] is not None:
+        return _project(x, h0, c0, by_direction, batch_sizes)
+    flat = [weight for direction in by_direction for weight in direction]
     dtype = x.dtype if cpu_rules.onednn_has(x.dtype) else torch.float32
-    if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in (x, h0, c0, *flat)):
+    if not torch.is_grad_enabled() or not any(t.requires_grad for t in (x, h0, c0, *weights)):
         output, h_n, c_n = _infer(as_rows(x), h0, c0, flat, batch_sizes, dtype)
         return shaped_as(output, x), h_n, c_n
-    chunks = cutting.make_chunks(batch_sizes, x.shape[-1], h0.shape[2], len(weights), x.dtype)
+    chunks = cutting.make_chunks(batch_sizes, x.shape[-1], h0.shape[2], len(h0), x.dtype)
     return _PackedLayer.apply(x, h0, c0, batch_sizes, chunks, dtype, *flat)  # pyright: ignore[reportReturnType]
 
 
@@ -95,12 +88,12 @@ def _project(
             first_rows = packing.first_rows(rows, B, batch_sizes, reverse=d == 1)
             x = torch.cat((_own_gradient(x), x.new_zeros(len(x), P).index_add(0, first_rows, state)), 1)
 
-    plain: list[DirectionWeights] = []
+    plain: list[Tensor] = []
     for d, (w_ih, w_hh, b_ih, b_hh, w_hr) in enumerate(weights):
         assert w_hr is not None
         columns = [w_hh if d == e else torch.zeros_like(w_hh) for e in range((x.shape[1] - w_ih.shape[1]) // P)]
         wide = torch.cat((_own_gradient(w_ih), *columns), 1) if columns else w_ih
-        plain.append((wide, w_hh @ w_hr, b_ih, b_hh, None))
+        plain += [w for w in (wide, w_hh @ w_hr, b_ih, b_hh) if w is not None]
 
     m, m_n, c_n = lstm_layer(x, torch.zeros_like(c0), c0, plain, batch_sizes)
     w_hr_t = [w_hr.t() for *_, w_hr in weights if w_hr is not None]

@@ -20,7 +20,6 @@ from torch.nn.utils.rnn import PackedSequence
 from fastlstm import autocast, autograd, checks, cpu, cpu_rules, dispatch, ops, stock, tracing, tuning
 from fastlstm.checks import Network, States
 from fastlstm.problem import Device, Problem, allows_tf32, device_of
-from fastlstm.weights import directions
 
 
 @dataclass
@@ -358,7 +357,7 @@ def _run_layers(
         checks.check_rows(batch_sizes, len(data), states[0].size(1))
     h0, c0 = states
     L, D = network.num_layers, 2 if network.bidirectional else 1
-    by_direction = directions(weights, L * D)
+    each = len(weights) // (L * D)
     dense = batch_sizes is None
     transposed = dense and network.batch_first
     rows = data.transpose(0, 1) if transposed else data
@@ -367,7 +366,7 @@ def _run_layers(
     together = L if stack else D
     for first in range(0, L * D, together):
         layer = slice(first, first + together)
-        arguments = (rows, h0[layer], c0[layer], by_direction[layer])
+        arguments = (rows, h0[layer], c0[layer], weights[first * each : (first + together) * each])
         if backend == "onednn":
             rows, *last = cpu.lstm_layer(*arguments, batch_sizes)
         else:

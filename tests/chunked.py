@@ -18,7 +18,7 @@ class Chunked(Layer):
 
     def run(self, data, hx, batch_sizes):
         rows = data.reshape(-1, data.shape[-1])
-        output, h_n, c_n = cpu.lstm_layer(rows, *hx, self.weights(), batch_sizes)
+        output, h_n, c_n = cpu.lstm_layer(rows, *hx, list(self.parameters()), batch_sizes)
         return output.reshape(*data.shape[:-1], -1), (h_n, c_n)
 
 

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 from fastlstm.autograd import lstm_layer
-from fastlstm.weights import DirectionWeights
 
 LENGTHS = (6, 4, 4, 1)  # a run of equal batch sizes, a tie, and a row of one step
 
@@ -105,21 +104,11 @@ class Layer(nn.Module):
         super().__init__()
         for name, parameter in stock.named_parameters():
             self.register_parameter(name, nn.Parameter(parameter.detach().clone()))
-        self.D = 2 if stock.bidirectional else 1
-        self.H, self.P = stock.hidden_size, stock.proj_size or stock.hidden_size
         self.backend = backend
-
-    def weights(self) -> list[DirectionWeights]:
-        names = ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0", "weight_hr_l0")
-        parameters = dict(self.named_parameters())
-        return [
-            tuple(parameters.get(name + suffix) for name in names)  # pyright: ignore[reportReturnType]
-            for suffix in ("", "_reverse")[: self.D]
-        ]
 
     def run(self, data: Tensor, hx: tuple[Tensor, Tensor], batch_sizes: Tensor | None):
         rows = data.reshape(-1, data.shape[-1])
-        output, h_n, c_n = lstm_layer(rows, *hx, self.weights(), batch_sizes, self.backend)
+        output, h_n, c_n = lstm_layer(rows, *hx, list(self.parameters()), batch_sizes, self.backend)
         return output.reshape(*data.shape[:-1], -1), (h_n, c_n)
 
     def forward(self, x: Tensor | PackedSequence, hx: tuple[Tensor, Tensor]):

@@ -136,7 +136,7 @@ def test_the_cell_state_is_not_rounded_between_chunks(cut):
     batch_sizes[0] = 2
     for name in ("one chunk", "within runs"):
         cut(name)
-        _, _, c_n = cpu.lstm_layer(x, *states, [(w_ih, w_hh, b_ih, torch.zeros_like(b_ih), None)], batch_sizes)
+        _, _, c_n = cpu.lstm_layer(x, *states, [w_ih, w_hh, b_ih, torch.zeros_like(b_ih)], batch_sizes)
         torch.testing.assert_close(c_n[0, 0], torch.full((H,), 1.36), rtol=0.01, atol=0, check_dtype=False)
 
 
@@ -193,7 +193,7 @@ def test_a_network_agrees_with_stock(enforce_sorted, training, dtype, monkeypatc
 def test_an_output_changed_in_place_is_missed(packed, dtype):
     stock, x, hx = make_layer_inputs(I=3, H=4, D=1, lengths=LENGTHS, packed=packed, dtype=dtype)
     batch_sizes = x.batch_sizes if isinstance(x, PackedSequence) else None
-    output, *_ = cpu.lstm_layer(x.data.requires_grad_(), *hx, Chunked(stock).weights(), batch_sizes)
+    output, *_ = cpu.lstm_layer(x.data.requires_grad_(), *hx, list(Chunked(stock).parameters()), batch_sizes)
     assert output.shape[:-1] == x.data.shape[:-1]
     assert not output._is_view()
     loss = output.float().square().sum()
@@ -205,9 +205,9 @@ def test_an_output_changed_in_place_is_missed(packed, dtype):
 @pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
 def test_gradients_through_a_projection_are_contiguous():
     stock, x, hx = make_packed(I=5, H=12, P=5, D=2)
-    weights = Chunked(stock).weights()
+    weights = list(Chunked(stock).parameters())
     output, *_ = cpu.lstm_layer(x.data.requires_grad_(), *hx, weights, x.batch_sizes)
-    leaves = [x.data, *(weight for direction in weights for weight in direction if weight is not None)]
+    leaves = [x.data, *weights]
     assert all(gradient.is_contiguous() for gradient in torch.autograd.grad(output.sum(), leaves))
 
 

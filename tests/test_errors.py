@@ -193,10 +193,10 @@ def test_onednn_reads_no_further_than_the_weights(name, size):
     sizes = {"weight_ih": (16, 3), "weight_hh": (16, 2), "bias_ih": (16,), "bias_hh": (16,), "weight_hr": (2, 4)}
     message = re.escape(f"Expected {name} of size {sizes[name]} in a layer of hidden_size=4, got {list(size)}")
     sizes[name] = size
-    w_ih, w_hh, b_ih, b_hh, w_hr = map(torch.zeros, sizes.values())
+    weights = [torch.zeros(size) for size in sizes.values()]
     x, h0, c0 = torch.zeros(5, 2, 3), torch.zeros(1, 2, 2), torch.zeros(1, 2, 4)
     with pytest.raises(RuntimeError, match=message):
-        cpu.lstm_layer(x, h0, c0, [(w_ih, w_hh, b_ih, b_hh, w_hr)], None)
+        cpu.lstm_layer(x, h0, c0, weights, None)
 
 
 @pytest.mark.parametrize("backend", ["reference", "auto"])

@@ -42,16 +42,11 @@ def test_other_dtypes_are_as_good_as_stock(dtype, packed, D, P):
 def flat_inputs(D, P, bias, packed, lengths=(3, 2, 2), I=3, H=2):  # noqa: E741
     stock, x, hx = make_layer_inputs(I, H, P, D, bias, lengths, packed)
     rows = (x.data if isinstance(x, PackedSequence) else x).reshape(-1, I)
-    weights = [tensor for direction in Layer(stock).weights() for tensor in direction]
     batch_sizes = x.batch_sizes if isinstance(x, PackedSequence) else None
-    tensors = [rows, *hx, *(w for w in weights if w is not None)]
-    present = [w is not None for w in weights]
+    tensors = [rows, *hx, *stock.parameters()]
 
-    def layer(x, h0, c0, *given):
-        given = iter(given)
-        flat = [next(given) if there else None for there in present]
-        directions = [tuple(flat[5 * d : 5 * d + 5]) for d in range(D)]
-        return lstm_layer(x, h0, c0, directions, batch_sizes, "reference")  # pyright: ignore
+    def layer(x, h0, c0, *weights):
+        return lstm_layer(x, h0, c0, list(weights), batch_sizes, "reference")
 
     return layer, [tensor.detach().requires_grad_() for tensor in tensors]
 
