@@ -169,6 +169,8 @@ def sizes_of(params: Sequence[Tensor], has_biases: bool, num_layers: int, bidire
         raise ValueError(f"params[0] and params[1] must be weight_ih and weight_hh, both 2-D, got {dims}-D")
     H, I = params[0].size(0) // 4, params[0].size(1)  # noqa: E741
     width = params[1].size(1) if projected else H
+    if projected and width >= H:  # stock's op takes such for no projection
+        raise ValueError("proj_size has to be smaller than hidden_size")
     for start, group in enumerate(groups(params, num_layers * D)):
         layer, direction = divmod(start, D)
         inputs = I if layer == 0 else D * width

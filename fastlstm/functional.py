@@ -85,7 +85,8 @@ def lstm(
     Raises:
         RuntimeError: a size, dtype or device disagrees with the others, or the backend cannot run here.
         ValueError: `input` has neither 2 nor 3 dimensions or another dtype than `params`, `dropout` is no
-            probability, `params` holds the wrong number of tensors, or `backend` is unknown.
+            probability, `params` holds the wrong number of tensors or a projection that is none, or `backend` is
+            unknown.
 
     Example:
         >>> import torch, fastlstm

@@ -93,6 +93,12 @@ def test_first_weights_must_be_matrices():
         fastlstm.lstm(make_input("dense"), None, flat, has_biases=False)
 
 
+def test_a_projection_is_narrower_than_the_hidden_state():
+    params = [torch.zeros(size) for size in ((16, 3), (16, 4), (16,), (16,), (4, 4))]
+    with pytest.raises(ValueError, match="proj_size has to be smaller than hidden_size"):
+        fastlstm.lstm(torch.zeros(5, 2, 3), None, params)
+
+
 def test_input_is_checked_against_params():
     stock, _ = make_pair()
     with pytest.raises(RuntimeError, match=r"input.size\(-1\) must be equal to input_size. Expected 3, got 5"):
