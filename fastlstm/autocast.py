@@ -20,15 +20,20 @@ from fastlstm import cpu_rules
 
 def dtype_for(data: Tensor) -> torch.dtype | None:
     """Return the dtype that autocast asks for on the device of `data`, or None; it leaves float64 alone."""
-    if not torch._C._is_any_autocast_enabled() or not torch.is_autocast_enabled(data.device.type):
+    if not _is_on(data.device) or not torch.is_autocast_enabled(data.device.type):
         return None
     return None if data.dtype == torch.float64 else torch.get_autocast_dtype(data.device.type)
+
+
+def _is_on(device: torch.device) -> bool:
+    """Whether some region is entered, and the device may have one: the meta device has none, and torch raises."""
+    return torch._C._is_any_autocast_enabled() and torch.amp.is_autocast_available(device.type)
 
 
 @contextmanager
 def off(device: torch.device) -> Iterator[None]:
     """Leave every dtype as it is."""
-    if not torch._C._is_any_autocast_enabled():
+    if not _is_on(device):
         yield
         return
     with torch.autocast(device.type, enabled=False):
