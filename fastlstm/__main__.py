@@ -46,13 +46,13 @@ VARIABLES = (
     "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE",
 )
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-SHAPES = (
-    "100,16,64,128",
-    "128,32,256,256",
-    "100,16,512,512",
-    "35,20,650,650,2",
-    "100,16,256,256,1,2",
-    "50,32,1024,1024",
+SHAPES = (  # T, B, I, H, L, D
+    (100, 16, 64, 128, 1, 1),
+    (128, 32, 256, 256, 1, 1),
+    (100, 16, 512, 512, 1, 1),
+    (35, 20, 650, 650, 2, 1),
+    (100, 16, 256, 256, 1, 2),
+    (50, 32, 1024, 1024, 1, 1),
 )
 
 
@@ -163,17 +163,16 @@ def _limits(device: torch.device) -> str:
     )
 
 
-def tune(shapes: Sequence[str], dtypes: Sequence[str], modes: Sequence[bool]) -> Iterator[str]:
+def tune(shapes: Sequence[tuple[int, ...]], dtypes: Sequence[str], modes: Sequence[bool]) -> Iterator[str]:
     """Time the candidates for each shape, dtype and mode on the current GPU, and yield what will be chosen.
 
     Args:
-        shapes: each "T,B,I,H", "T,B,I,H,L" or "T,B,I,H,L,D".
+        shapes: (T, B, I, H, L, D) of each.
         dtypes: keys of DTYPES.
         modes: whether it trains.
     """
     on = torch.device("cuda", torch.cuda.current_device())
-    for shape in shapes:
-        T, B, I, H, L, D = (*_shape(shape), 1, 1)[:6]  # noqa: E741
+    for T, B, I, H, L, D in shapes:  # noqa: E741
         for dtype in dtypes:
             for training in modes:
                 problem = Problem(T, B, I, H, 0, L, D, DTYPES[dtype], training, tf32=allows_tf32())
@@ -183,10 +182,10 @@ def tune(shapes: Sequence[str], dtypes: Sequence[str], modes: Sequence[bool]) ->
 
 def _shape(text: str) -> tuple[int, ...]:
     """Read "T,B,I,H[,L[,D]]"."""
-    sizes = tuple(int(size) for size in text.split(","))
-    if not 4 <= len(sizes) <= 6 or min(sizes) < 1 or (len(sizes) == 6 and sizes[5] > 2):
-        raise ValueError
-    return sizes
+    sizes = [int(size) if size.isdecimal() else 0 for size in text.split(",")]
+    if not 4 <= len(sizes) <= 6 or min(sizes) < 1 or sizes[5:] > [2]:
+        raise argparse.ArgumentTypeError(f"takes T,B,I,H[,L[,D]], sizes from 1 up and D at most 2, got {text!r}")
+    return (*sizes, 1, 1)[:6]
 
 
 def main(arguments: Sequence[str] | None = None) -> str | None:
@@ -195,7 +194,7 @@ def main(arguments: Sequence[str] | None = None) -> str | None:
     commands = parser.add_subparsers(dest="command", metavar="[tune]")
     tuner = commands.add_parser("tune", help="time the candidates ahead of their first use")
     tuner.add_argument(
-        "--shapes", nargs="+", default=SHAPES, metavar="T,B,I,H[,L[,D]]", help="by default, typical ones"
+        "--shapes", nargs="+", type=_shape, default=SHAPES, metavar="T,B,I,H[,L[,D]]", help="by default, typical ones"
     )
     tuner.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bfloat16", "float32"])
     mode = tuner.add_mutually_exclusive_group()
@@ -210,11 +209,6 @@ def main(arguments: Sequence[str] | None = None) -> str | None:
         timings().clear()
         print(f"forgotten: {timings().path}")
         return None
-    for shape in given.shapes:
-        try:
-            _shape(shape)
-        except ValueError:
-            tuner.error(f"--shapes takes T,B,I,H[,L[,D]], sizes from 1 up and D at most 2, got {shape!r}")
     if not torch.cuda.is_available():
         return "There is no GPU here, so there is nothing to time: on a CPU, choices are made by rule."
     for line in tune(given.shapes, given.dtype, given.modes):

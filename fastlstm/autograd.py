@@ -57,7 +57,7 @@ def lstm_layer(
         recompute = recompute and needed
         # an exported program is for inference first: trained after all, backward makes again what was not saved
         save = needed and not torch.compiler.is_exporting()
-        if recompute and not gemms_suffice(backend, x.device, x.dtype, len(weights) // len(h0) % 2 == 1):
+        if recompute and not gemms_suffice(backend, x.device, x.dtype, h0.shape != c0.shape):
             save = False
         how = (batch_sizes, save, recompute, backend, stack)
         if tracing.watched(x, h0, c0, *weights):
