@@ -209,7 +209,7 @@ def backward_pass(d_output, dh_n, dc_n, gates, cells, c0, w_hh, batch_sizes, pla
             backward_resident[(triton.cdiv(B, plan.BLOCK_B), D)](**shared, dc_n_ptr=dc_n, dc0_ptr=dc0)
         elif plan.kernel == "persistent":
             dc0 = torch.empty_like(c0)
-            programs = triton.cdiv(H, plan.BLOCK_H)
+            programs = -(-H // plan.BLOCK_H)
             units = programs * plan.BLOCK_H
             width = width_of(plan, H if w_ih is None else 2 * units)
             if w_ih is None:
