@@ -197,7 +197,7 @@ def obstacle() -> str:
         budget = float(given)
     except ValueError:
         raise ValueError(f"FASTLSTM_AUTOTUNE_MS must be a number of milliseconds, got {given!r}") from None
-    if 1000 * _spent >= budget:
+    if not 1000 * _spent < budget:  # a NaN allows nothing
         return f"this process has spent its {budget:g} ms (FASTLSTM_AUTOTUNE_MS)"
     return "" if torch.backends.cudnn.enabled else "cuDNN is turned off"
 
