@@ -94,10 +94,10 @@ def decide(problem: Problem, device: Device, backend: str = "auto", times: Times
         reference (loop) on CPU: It was asked for by name. The problem: inference, float32, dense, T=5, B=2, \
 input_size=3, hidden_size=4, num_layers=1, directions=1.
     """
-    reason = "It was asked for by name."
+    asked, reason = "backend", "It was asked for by name."
     if backend == "auto":
         backend = override()
-        reason = "FASTLSTM_BACKEND asks for it."
+        asked, reason = "FASTLSTM_BACKEND", "FASTLSTM_BACKEND asks for it."
     elif not is_implementation(backend):
         check_backend(backend)
 
@@ -115,7 +115,7 @@ input_size=3, hidden_size=4, num_layers=1, directions=1.
     backend, _, layout = backend.partition(" ")
     regime = "stock" if backend == "torch" else "loop"
     if backend == "triton":
-        check_triton(problem.dtype, problem.H, device.kind)
+        check_triton(problem.dtype, problem.H, device.kind, asked)
         regime = plans.choose(problem, device, layout=layout).regime
     return Decision(backend, regime, reason, problem, device, times, layout)
 
@@ -138,10 +138,10 @@ def check_backend(backend: str) -> None:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
 
 
-def check_triton(dtype: torch.dtype, H: int, kind: str) -> None:
-    """Raise RuntimeError where the Triton kernels cannot run, on a device of that kind."""
+def check_triton(dtype: torch.dtype, H: int, kind: str, asked: str = "backend") -> None:
+    """Raise RuntimeError where the Triton kernels, for which `asked` asks, cannot run on a device of that kind."""
     if obstacle := _obstacle_to_triton(dtype, H, kind):
-        raise RuntimeError(f"backend='triton' cannot run here: {obstacle}")
+        raise RuntimeError(f"{asked}='triton' cannot run here: {obstacle}")
 
 
 def is_implementation(text: str) -> bool:

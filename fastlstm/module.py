@@ -202,8 +202,8 @@ class LSTM(nn.RNNBase):
 class LSTMCell(nn.LSTMCell):
     """`torch.nn.LSTMCell` with a choice of backend.
 
-    "auto" and "torch" call stock's op: a single step leaves nothing to keep on the chip. "reference" and "triton"
-    run the same code as one step of `LSTM`.
+    "auto" and "torch" call stock's op: in a single step there is nothing to gain. "reference" and "triton" run the
+    same code as one step of `LSTM`.
 
     Args:
         input_size: features of the input, I.
@@ -313,7 +313,7 @@ def explain(module: LSTM | LSTMCell, input: Tensor | PackedSequence, hx: States 
     if module.backend != "auto" or dispatch.override() != "auto":
         return functional.prepare(*_one_step(module, input, hx, module.backend))[-1]
     decision = functional.prepare(*_one_step(module, input, hx, "torch"))[-1]
-    return replace(decision, reason="Stock's own op runs, since a single step leaves nothing to keep on the chip.")
+    return replace(decision, reason="Stock's own op runs: in a single step there is nothing to gain.")
 
 
 def _one_step(

@@ -50,6 +50,6 @@ def join(tensors: Sequence[Tensor]) -> Tensor:
     return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
 
 
-def stack_tensors(tensors: Sequence[Tensor]) -> Tensor:
+def stack_tensors(tensors: Tensor | Sequence[Tensor]) -> Tensor:
     """Return `torch.stack` of them, without a copy where there is one."""
     return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(list(tensors))

@@ -56,7 +56,7 @@ def lstm_forward(
         gates_d[first_rows(rows, h0.shape[1], batch_sizes, reverse=d == 1)] += h0[d] @ w_hh[d].T
     m0, w_hr = torch.zeros_like(c0), stack_tensors(w_hr)
     m, m_n, c_n, gates, cells = _forward(gates_x, m0, c0, torch.bmm(w_hh, w_hr), batch_sizes, save, plan=plan)
-    output = torch.einsum("ndh,dph->ndp", m.view(m.shape[0], *c0.shape[::2]), w_hr).flatten(1)
+    output = torch.einsum("ndh,dph->ndp", m.view(m.shape[0], *c0.shape[::2]), w_hr).flatten(1).contiguous()
     return output, torch.bmm(m_n, w_hr.mT), c_n, gates, cells
 
 

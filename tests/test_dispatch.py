@@ -153,6 +153,12 @@ def test_environment_overrides_auto_only(monkeypatch):
     assert decide(packed, GPUS["H100"], "torch").backend == "torch"
     monkeypatch.setenv("FASTLSTM_BACKEND", "auto")
     assert decide(packed, GPUS["H100"]).backend == "triton"
+    monkeypatch.setattr(dispatch, "has_triton", lambda: False)
+    monkeypatch.setenv("FASTLSTM_BACKEND", "triton")
+    with pytest.raises(RuntimeError, match="FASTLSTM_BACKEND='triton' cannot run here: triton is not installed"):
+        decide(problem(), CPU)
+    with pytest.raises(RuntimeError, match="backend='triton' cannot run here: triton is not installed"):
+        decide(problem(), CPU, "triton")
     monkeypatch.setenv("FASTLSTM_BACKEND", "cudnn")
     with pytest.raises(ValueError, match=r"FASTLSTM_BACKEND must be one of auto, .* got 'cudnn'"):
         decide(problem(), GPUS["H100"])

@@ -63,9 +63,11 @@ def test_packed(H, lengths, dtype, regime, device):
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+@pytest.mark.parametrize("P", [1, 3])
 @pytest.mark.parametrize("D", [1, 2])
-def test_projection(D, packed, regime, device):
-    Run(6, (4, 2, 2), torch.float32, D, P=3, packed=packed).check(regime, device)
+def test_projection(D, P, packed, regime, device):
+    results = Run(6, (4, 2, 2), torch.float32, D, P, packed).check(regime, device)
+    assert all(tensor.is_contiguous() for tensor in results.values())
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
@@ -96,6 +98,20 @@ def test_saturated_gates(value, regime, device):
     run.gates_x[signs == 1] = -value
     results = run.check(regime, device)
     assert all(tensor.isfinite().all() for tensor in results.values())
+
+
+def test_small_numbers_keep_their_digits(regime, device):
+    Run(5, (4, 4, 4), torch.float32).check_digits(regime, device)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered", "ignore:overflow encountered in exp")
+def test_an_infinite_state_stays_in_its_row(regime, device):
+    """Its products with the zeros that fill up a tile are no numbers, and must not come back as a state."""
+    run = Run(5, (3, 3, 3), torch.float32)
+    run.h0[:, 0, 0] = float("inf")
+    results, expected = run.by_kernels(regime, device), run.by_reference(torch.float64)
+    for name in FORWARD:
+        torch.testing.assert_close(results[name], expected[name], check_dtype=False, atol=1e-5, rtol=1e-5)
 
 
 def test_rows_are_independent(regime, device):
