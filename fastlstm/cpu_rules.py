@@ -98,10 +98,10 @@ def _chunks_pay_without_avx512(p: Problem, threads: int) -> bool:
         if p.P:
             return 16 * p.T >= p.B * (p.I + p.P)
         return _products(p) <= p.T << 10 if widened else p.B * (p.I + p.H) <= p.T << 6
-    if p.P:
-        return p.T >= 44 and p.H <= 8 * p.P and (8 if threads > 1 else 4) * p.T >= p.B * (p.I + p.P)
     if not widened and _copies_are_dear(p, 2):
         return False
+    if p.P:
+        return p.T >= 44 and p.H <= 8 * p.P and (8 if threads > 1 else 4) * p.T >= p.B * (p.I + p.P)
     size = p.T * max(64, p.H)  # where H is large the loop's weights do not fit a cache
     return size >= 1 << 12 and size >= (40 if threads > 1 else 150) * p.B
 

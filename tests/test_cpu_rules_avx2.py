@@ -46,6 +46,8 @@ from cpu_choices import BF16, FP16, decide_with
         ("torch", {"T": 43, "B": 1, "P": 64, "training": False}),
         ("onednn", {"T": 512, "B": 2, "P": 16, "training": False}),
         ("torch", {"T": 512, "B": 2, "P": 15, "training": False}),
+        ("onednn", {"T": 320, "B": 2, "H": 256, "P": 128, "training": False}),
+        ("torch", {"T": 319, "B": 2, "H": 256, "P": 128, "training": False}),
         ("torch", {"dtype": torch.float64, "T": 11}),
         ("reference", {"dtype": torch.float64, "T": 12}),
         ("torch", {"dtype": torch.float64, "training": False}),
