@@ -61,6 +61,7 @@ def test_few_rows_pay_for_no_transposition():
         (6 * K, torch.float32, [1, 0, 0]),
         (6 * K - 1, torch.float32, [0, 0, 0]),
         (6 * K, torch.float64, [1, 1, 0]),
+        (6 * K - 1, torch.float64, [1, 0, 0]),
         (2 * K, torch.float64, [1, 0, 0]),
         (2 * K - 1, torch.float64, [0, 0, 0]),
     ):

@@ -243,6 +243,8 @@ def test_the_budget(trials, monkeypatch):
     assert trials.times(problem())  # what was begun is finished
     assert trials.times(problem(H=1024)) == ()
     assert "has spent its 1e-06 ms" in tuning.obstacle()
+    monkeypatch.setenv("FASTLSTM_AUTOTUNE_MS", "nan")
+    assert "has spent its nan ms" in tuning.obstacle()
     monkeypatch.setenv("FASTLSTM_AUTOTUNE_MS", "2s")
     with pytest.raises(ValueError, match="FASTLSTM_AUTOTUNE_MS must be a number of milliseconds, got '2s'"):
         trials.times(problem(H=1024))
