@@ -330,9 +330,9 @@ def _direction(flat: Sequence[Tensor | None], d: int, dtype: torch.dtype) -> tup
     w_ih, w_hh, *biases = (None if w is None else w.detach().to(dtype) for w in flat[5 * d : 5 * d + 4])
     assert w_ih is not None
     assert w_hh is not None
-    I = w_ih.shape[1]  # noqa: E741
-    column = w_ih.new_tensor(_SATURATED).repeat_interleave(w_hh.shape[1]).unsqueeze(1)
-    w_ih = torch.cat((w_ih, column.expand(-1, _columns(I, dtype) - I)), 1)
+    H, I = w_hh.shape[1], w_ih.shape[1]  # noqa: E741
+    columns = w_ih.new_tensor(_SATURATED).view(4, 1, 1).expand(4, H, _columns(I, dtype) - I)
+    w_ih = torch.cat((w_ih.unflatten(0, (4, H)), columns), 2).flatten(0, 1)
     none = w_ih.new_empty(0)
     # the op would make w_hh contiguous in each call, what lays it out beforehand would not
     return [w_ih, w_hh.contiguous(), *(none if b is None else b for b in biases)], biases[0] is not None
