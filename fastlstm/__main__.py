@@ -182,7 +182,7 @@ def tune(shapes: Sequence[tuple[int, ...]], dtypes: Sequence[str], modes: Sequen
 
 def _shape(text: str) -> tuple[int, ...]:
     """Read "T,B,I,H[,L[,D]]"."""
-    sizes = [int(size) if size.isdecimal() else 0 for size in text.split(",")]
+    sizes = [int(size) if size.isdecimal() else 0 for size in text.replace(" ", "").split(",")]
     if not 4 <= len(sizes) <= 6 or min(sizes) < 1 or sizes[5:] > [2]:
         raise argparse.ArgumentTypeError(f"takes T,B,I,H[,L[,D]], sizes from 1 up and D at most 2, got {text!r}")
     return (*sizes, 1, 1)[:6]

@@ -63,9 +63,10 @@ def result_dtypes(
     On a CPU without oneDNN it steps through ops of which autocast knows the GEMMs only, so that the cell stays in the
     dtype of c0, and with it what no GEMM follows. `packed` is false where all rows are as long: stock sees that, too.
     """
+    if data.device.type != "cpu":
+        return dtype, dtype
     onednn = cpu_rules.onednn_has(data.dtype, torch.is_grad_enabled())
-    stepwise = packed or projected or c0.shape[1] == 0 or not onednn
-    if data.device.type != "cpu" or not stepwise:
+    if onednn and not packed and not projected and c0.shape[1] > 0:
         return dtype, dtype
     cell = torch.promote_types(dtype, c0.dtype)
     return dtype if projected else cell, cell

@@ -9,8 +9,8 @@ makes that exact: it is 0 where a row lives and 1 where it is dead, and its weig
     alive  the layer as it was
     dead   i = 0, f = 1, o = 0:  c_t = c_{t-1}, h_t = 0;   backward: da = 0, dc_{t-1} = dc_t
 
-A dead row so costs its share of a GEMM and nothing else, and c_n stands in the last c of its chunk; as long as every
-weight is finite, for 0 times another is no number, which c_n then is in rows that end early. Cutting costs a
+A dead row so costs its share of a GEMM and nothing else, and c_n stands in the last c of its chunk. This holds while
+every weight is finite: 0 times an infinite one is NaN, and so, then, is c_n of a row that ends early. Cutting costs a
 call, in which oneDNN, in training, lays out the weights again; `cutting.py` weighs one against the other.
 
 Direction 1 takes each row from its own last step to its first. In that order too all rows begin together and end at

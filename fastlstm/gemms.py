@@ -1,9 +1,9 @@
 """The GEMMs over all rows of a layer: what the recurrence leaves to do before and after it.
 
-Each is one product of torch's, in the order of factors in which it is fastest. But where oneDNN has no product in 16
-bit for the processor, torch multiplies such numbers one at a time; so there they are widened to float32, a block of
-rows at a time, which would else take the memory that 16 bit have saved. A tracer, who may not know how many rows there
-are, sees one block.
+Each is one product of torch's, or one a direction, in the order of factors in which it is fastest. But where oneDNN has
+no product in 16 bit for the processor, torch multiplies such numbers one at a time; so there they are widened to
+float32, a block of rows at a time, which would else take the memory that 16 bit have saved. A tracer, who may not know
+how many rows there are, sees one block.
 """
 
 from __future__ import annotations
@@ -35,22 +35,20 @@ def times_weights(rows: Tensor, weights: Sequence[Tensor]) -> Tensor:
     """Return rows [W_1; W_2; ...], [N, K] of [N, D*M] and D weights [M, K]: the gradient of the inputs."""
     if rows.device.type != "cpu":
         return rows @ join(weights)
-    # a CPU adds products up, as stock does, for the weights may be larger than all rows
-    first, *others = zip(rows.chunk(len(weights), 1), weights, strict=True)
-    total = _times_weight(*first)
-    for part, weight in others:
-        total += _times_weight(part, weight)
-    return total
-
-
-def _times_weight(rows: Tensor, weight: Tensor) -> Tensor:
+    # on a CPU no joined copy of the weights is made, which may be larger than all rows
+    (part, weight), *others = zip(rows.chunk(len(weights), 1), weights, strict=True)
     if _in_float32(rows):
-        return linear(rows, weight.t(), None)
-    # where there is much to add up, MKL's float64 GEMM takes a third to nine tenths of the time in this order
+        total = linear(part, weight.t(), None)
+        for part, weight in others:
+            total += linear(part, weight.t(), None)
+        return total
     M, K = weight.shape
-    if rows.dtype == torch.float64 and M >= K and _are_many(rows, 6 * K):
-        return (weight.t() @ rows.t()).t().contiguous()
-    return rows @ weight
+    # where there is much to add up, MKL's float64 GEMM takes a third to nine tenths of the time in this order
+    turned = rows.dtype == torch.float64 and M >= K and _are_many(rows, 6 * K)
+    total = weight.t() @ part.t() if turned else part @ weight
+    for part, weight in others:
+        total.addmm_(*((weight.t(), part.t()) if turned else (part, weight)))
+    return total.t().contiguous() if turned else total
 
 
 def sum_of_outer(rows: Tensor, columns: Tensor) -> Tensor:
@@ -77,8 +75,8 @@ def _in_float32(rows: Tensor) -> bool:
 
 
 def _are_many(rows: Tensor, fewest: int) -> bool:
-    """Whether there are that many rows; a tracer, to whom their number may be a symbol, is told that there are not."""
-    return not tracing.watched(rows) and len(rows) >= fewest
+    """Whether there are that many rows; a tracer, to whom their number may be a symbol, is told that there are."""
+    return tracing.watched(rows) or len(rows) >= fewest
 
 
 def _blocks(*matrices: Tensor) -> list[tuple[Tensor, ...]]:

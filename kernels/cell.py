@@ -23,25 +23,13 @@ def sigmoid(x):
 
 @triton.jit
 def tanh(x):
-    """In terms of sigmoid, which never divides inf by inf, but for small x."""
-    return tl.where(is_small(x), tanh_of_small(x), 2.0 * sigmoid(2.0 * x) - 1.0)
-
-
-@triton.jit
-def is_small(x):
-    """Whether 2 sigmoid(2x) - 1 would lose more than two bits to cancellation."""
-    return tl.abs(x) < 0.625
-
-
-@triton.jit
-def tanh_of_small(x):
-    """The polynomial of Cephes' tanhf (S. L. Moshier), right to a unit in the last place."""
+    """By sigmoid, which never divides inf by inf; near 0, where that cancels, by the polynomial of Cephes' tanhf."""
     z = x * x
     p = -5.70498872745e-3 * z + 2.06390887954e-2
     p = p * z - 5.37397155531e-2
     p = p * z + 1.33314422036e-1
     p = p * z - 3.33332819422e-1
-    return p * z * x + x
+    return tl.where(tl.abs(x) < 0.625, p * z * x + x, 2.0 * sigmoid(2.0 * x) - 1.0)
 
 
 @triton.jit
@@ -116,10 +104,7 @@ def join_gates(i, f, g, o, BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr, RUN: tl
 @triton.jit
 def activate(a, gate):
     """Activate [4 * BLOCK_H, BLOCK_B] where it lies: tanh where `gate` (of each row) is 2, else sigmoid."""
-    is_tanh = (gate == 2)[:, None]
-    scale = tl.where(is_tanh, 2.0, 1.0)
-    activated = scale * sigmoid(scale * a) + (1.0 - scale)
-    return tl.where(is_tanh & is_small(a), tanh_of_small(a), activated)
+    return tl.where((gate == 2)[:, None], tanh(a), sigmoid(a))
 
 
 @triton.jit

@@ -301,9 +301,8 @@ def forward_persistent(
         c_new = f * c + i * g
         h_new = o * tanh(c_new)
         mask_t = mask & (t < lengths)[None, :] if VARLEN else mask
-        # units beyond H stay 0, too, whatever 0 times an infinite h would make of them
-        c = tl.where(mask_t, c_new, c) if VARLEN or H % BLOCK_H else c_new
-        h = tl.where(mask_t, h_new.to(dtype), h) if VARLEN or H % BLOCK_H else h_new.to(dtype)
+        c = tl.where((t < lengths)[None, :], c_new, c) if VARLEN else c_new
+        h = tl.where((t < lengths)[None, :], h_new.to(dtype), h) if VARLEN else h_new.to(dtype)
         tl.store(h_own + place(s + 1, STACK) * slot_size, rounded(h, PRECISION))
         arrive(counter, HIP)
 

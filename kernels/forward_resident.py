@@ -84,9 +84,8 @@ def forward_resident(
         i, f, g, o, c_new, h_new = cell_forward(a, c, BLOCK_H, BLOCK_B)
         mask_t = mask & (t < lengths)[None, :] if VARLEN else mask
         mask_gates_t = mask_gates & (t < lengths)[None, :] if VARLEN else mask_gates
-        # units beyond H stay 0, too, whatever 0 times an infinite h would make of them
-        c = tl.where(mask_t, c_new, c) if VARLEN or H % BLOCK_H else c_new
-        h = tl.where(mask_t, h_new.to(dtype), h) if VARLEN or H % BLOCK_H else h_new.to(dtype)
+        c = tl.where((t < lengths)[None, :], c_new, c) if VARLEN else c_new
+        h = tl.where((t < lengths)[None, :], h_new.to(dtype), h) if VARLEN else h_new.to(dtype)
 
         tl.store(output_ptr + row * (D * H) + offs_h, h, mask=mask_t)
         if SAVE:

@@ -144,7 +144,7 @@ def forward_pass(gates_x, h0, c0, w_hh, batch_sizes, save, plan, above=None):
     if N == 0:
         return output, h0.clone(), c0.clone(), gates, cells
 
-    plan = settle(plan, c0, dtype, backward=False)
+    plan, PRECISION = settle(plan, c0, dtype, backward=False)
     shared = {
         "gates_x_ptr": gates_x,
         "w_hh_ptr": w_hh,
@@ -152,7 +152,7 @@ def forward_pass(gates_x, h0, c0, w_hh, batch_sizes, save, plan, above=None):
         "gates_ptr": gates,
         "cells_ptr": cells,
         "SAVE": save,
-        **common_arguments(plan, T, c0, dtype, batch_sizes, backward=False),
+        **common_arguments(plan, PRECISION, T, c0, batch_sizes, backward=False),
     }
     with device_guard(c0.device):
         if plan.regime == "resident":
@@ -192,7 +192,7 @@ def backward_pass(d_output, dh_n, dc_n, gates, cells, c0, w_hh, batch_sizes, pla
     if N == 0:
         return dgates, dc_n.clone()
 
-    plan = settle(plan, c0, dtype, backward=True)
+    plan, PRECISION = settle(plan, c0, dtype, backward=True)
     shared = {
         "d_output_ptr": d_output,
         "dh_n_ptr": dh_n,
@@ -201,7 +201,7 @@ def backward_pass(d_output, dh_n, dc_n, gates, cells, c0, w_hh, batch_sizes, pla
         "c0_ptr": c0,
         "w_hh_ptr": w_hh,
         "dgates_ptr": dgates,
-        **common_arguments(plan, T, c0, dtype, batch_sizes, backward=True),
+        **common_arguments(plan, PRECISION, T, c0, batch_sizes, backward=True),
     }
     with device_guard(c0.device):
         if plan.regime == "resident":
@@ -234,23 +234,25 @@ def backward_pass(d_output, dh_n, dc_n, gates, cells, c0, w_hh, batch_sizes, pla
 _forward, _backward = laid_out_anew(forward_pass), laid_out_anew(backward_pass)
 
 
-def settle(plan: Plan | str | None, c0: Tensor, dtype: torch.dtype, backward: bool, stack: bool = False) -> Plan:
-    """Return the plan of a pass over the D directions, or the layers of a `stack`, of c0 [D, B, H]."""
-    if isinstance(plan, Plan):
-        return plan
+def settle(
+    plan: Plan | str | None, c0: Tensor, dtype: torch.dtype, backward: bool, stack: bool = False
+) -> tuple[Plan, str]:
+    """Return the plan of a pass over the D directions, or layers of a `stack`, of c0 [D, B, H]; and its precision."""
     D, B, H = c0.shape
     device = device_of(c0.device)
-    layers, directions = (D, 1) if stack else (1, D)
-    problem = Problem(1, B, H, H, L=layers, D=directions, dtype=dtype, tf32=precision(dtype, device) == "tf32")
-    return choose(problem, device, backward, plan or "")
+    PRECISION = precision(dtype, device)
+    if not isinstance(plan, Plan):
+        layers, directions = (D, 1) if stack else (1, D)
+        problem = Problem(1, B, H, H, L=layers, D=directions, dtype=dtype, tf32=PRECISION == "tf32")
+        plan = choose(problem, device, backward, plan or "")
+    return plan, PRECISION
 
 
 def common_arguments(
-    plan: Plan, T: int, c0: Tensor, dtype: torch.dtype, batch_sizes: Tensor | None, backward: bool
+    plan: Plan, PRECISION: str, T: int, c0: Tensor, batch_sizes: Tensor | None, backward: bool
 ) -> dict[str, Any]:
     """Return the arguments that every kernel takes."""
     _, B, H = c0.shape
-    device = device_of(c0.device)
     lengths, offsets = (None, None) if batch_sizes is None else spans(batch_sizes, B, c0.device)
     return {
         "lengths_ptr": lengths,
@@ -258,9 +260,9 @@ def common_arguments(
         "T": T,
         "B": B,
         "H": H,
-        "PRECISION": precision(dtype, device),
+        "PRECISION": PRECISION,
         "VARLEN": batch_sizes is not None,
-        **_layout(plan, backward, device),
+        **_layout(plan, backward, device_of(c0.device)),
     }
 
 

@@ -47,7 +47,7 @@ def stack_forward(
         output [N, L*H] of all layers, h_n [L, B, H], c_n [L, B, H]; gates [N, L*4H] and cells [N, L*H], both of size 0
         unless `save`.
     """
-    plan = settle(plan, c0, gates_x.dtype, backward=False, stack=True)
+    plan, _ = settle(plan, c0, gates_x.dtype, backward=False, stack=True)
     if plan.regime == "wavefront":
         return forward_pass(gates_x, h0, c0, w_hh, batch_sizes, save, plan, (bias, w_ih))
     layers = []
@@ -78,7 +78,7 @@ def stack_backward(
     Of d_output [N, L*H] only the last layer's columns count; dh_n and dc_n are [L, B, H], and the others those of
     `stack_forward`.
     """
-    plan = settle(plan, c0, gates.dtype, backward=True, stack=True)
+    plan, _ = settle(plan, c0, gates.dtype, backward=True, stack=True)
     if plan.regime == "wavefront":
         return backward_pass(d_output, dh_n, dc_n, gates, cells, c0, w_hh, batch_sizes, plan, w_ih)
     L, _, H = c0.shape

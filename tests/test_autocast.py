@@ -233,10 +233,12 @@ def test_float64_is_left_alone():
         torch.testing.assert_close(ours(x)[0], run_lstm(ours, x)["output"])
 
 
-def test_a_device_that_knows_no_regions():
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_a_device_that_knows_no_regions(backend):
     x = torch.randn(5, 2, 3, device="meta", requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):
-        for lstm in (STOCK_LSTM(3, 4, device="meta"), fastlstm.LSTM(3, 4, device="meta")):
+        for lstm in (STOCK_LSTM(3, 4, device="meta"), fastlstm.LSTM(3, 4, device="meta", backend=backend)):
             output, _ = lstm(x)
             assert output.dtype == torch.float32
             output.sum().backward()
+        assert fastlstm.LSTMCell(3, 4, device="meta", backend=backend)(x[0])[0].dtype == torch.float32

@@ -58,10 +58,12 @@ def test_what_is_not_left_to_stock(dtype, lengths, peak):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "sizes"), [("fp32", (8, 12, 200, 300)), ("fp64", (16, 4, 300, 200))], ids=["fp32", "fp64"]
+    ("dtype", "sizes", "bound"),
+    [("fp32", (8, 12, 200, 300), 1.0), ("fp64", (16, 4, 300, 200), 1.0), ("fp32", (50, 64, 1024, 64), 0.8)],
+    ids=["few rows", "few rows of float64", "many rows"],
 )
-def test_weights_larger_than_the_rows(dtype, sizes, peak, monkeypatch):
-    """Training by the loop makes no copy of both directions' weights, nor of a gradient while it is made."""
+def test_two_directions_by_the_loop(dtype, sizes, bound, peak, monkeypatch):
+    """Training makes no copy of both directions' weights, nor of a gradient while it is made."""
     monkeypatch.setenv("FASTLSTM_BACKEND", "reference")
     workload = Workload(Shape("s", *sizes), dtype, True, "uniform", bidirectional=True)
     with Meter(CPU) as meter:
@@ -69,7 +71,7 @@ def test_weights_larger_than_the_rows(dtype, sizes, peak, monkeypatch):
     stock, _ = peak(workload)
     assert stock
     assert ours
-    assert ours <= stock, f"{ours}, stock {stock}"
+    assert ours <= bound * stock, f"{ours}, stock {stock}"
 
 
 @pytest.mark.skipif(device_of(CPU).target != "amx", reason="needs a CPU with AMX")

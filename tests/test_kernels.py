@@ -88,7 +88,7 @@ def test_two_runs_are_bitwise_equal(regime, device):
         assert torch.equal(tensor, second[name]), name
 
 
-# the interpreter computes with numpy, which warns of an overflow in exp, and of what is no number though nobody takes it
+# the interpreter computes with numpy, which warns of an overflow in exp, and of inf - inf, which is not selected
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp", "ignore:invalid value encountered")
 @pytest.mark.parametrize("value", [100.0, float("inf")])
 def test_saturated_gates(value, regime, device):
@@ -100,18 +100,9 @@ def test_saturated_gates(value, regime, device):
     assert all(tensor.isfinite().all() for tensor in results.values())
 
 
-def test_small_numbers_keep_their_digits(regime, device):
-    Run(5, (4, 4, 4), torch.float32).check_digits(regime, device)
-
-
-@pytest.mark.filterwarnings("ignore:invalid value encountered", "ignore:overflow encountered in exp")
-def test_an_infinite_state_stays_in_its_row(regime, device):
-    """Its products with the zeros that fill up a tile are no numbers, and must not come back as a state."""
-    run = Run(5, (3, 3, 3), torch.float32)
-    run.h0[:, 0, 0] = float("inf")
-    results, expected = run.by_kernels(regime, device), run.by_reference(torch.float64)
-    for name in FORWARD:
-        torch.testing.assert_close(results[name], expected[name], check_dtype=False, atol=1e-5, rtol=1e-5)
+@pytest.mark.parametrize("scale", [1e-4, 1e-2, 0.2])
+def test_small_numbers_keep_their_digits(scale, regime, device):
+    Run(5, (4, 4, 4), torch.float32).check_digits(scale, regime, device)
 
 
 def test_rows_are_independent(regime, device):

