@@ -265,18 +265,18 @@ def _persistent_layout(
         return _chunks(H, 128 if H <= 512 else 256), 1, 1, 8
     if wide and H > 768 and target not in ("sm_90", "sm_100"):
         return _chunks(H, 128), 1, 2, 8
-    if wide and ragged:  # no registers for more than one chunk on its way, nor in float32 for two of different lengths
-        return _chunks(H, 1024, whole=itemsize == 4 and H <= 512), 8, 1, 8
+    if wide and ragged:  # no registers for more than one chunk on its way, nor for two of very different lengths
+        return _chunks(H, 1024, whole=itemsize == 4 and H <= 512, shortest=256 if H > 512 else 128), 8, 1, 8
     # dealt out over warps, a chunk costs nothing, and short ones cover little more than H
     return _chunks(H, 256), 8, 8, 8
 
 
-def _chunks(H: int, longest: int, whole: bool = False) -> tuple[int, int]:
+def _chunks(H: int, longest: int, whole: bool = False, shortest: int = 128) -> tuple[int, int]:
     """Cover H by powers of two: (all chunks but the last, the last).
 
-    No size pays for the next power of two, unless it is to stay `whole` up to `longest`.
+    No size pays for the next power of two, unless it is to stay `whole` up to `longest`. No chunk is shorter than 128: 16
+    along K for each of 8 warps; and wgmma takes 64 rows, which backward are units.
     """
-    shortest = 128  # 16 along K for each of 8 warps; and wgmma takes 64 rows, which backward are units
     full = max(shortest, 1 << (H - 1).bit_length())
     if full <= longest and whole:
         return full, full
