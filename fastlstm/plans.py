@@ -149,9 +149,10 @@ def _resident(problem: Problem, device: Device, backward: bool) -> Plan | None:
         return None
     num_warps = warps[BLOCK_H]
     if _is_ragged(problem):
-        if H > _LARGEST_RAGGED:  # too many addresses for 16 warps, and for 8 where each is of a single number
-            if H % 2:
-                return None
+        # too many addresses for 16 warps, and for 8 where each is of a single number
+        if H > _LARGEST_RAGGED and H % 2:
+            return None
+        if H > _LARGEST_RAGGED or (BLOCK_H == 128 and H % 4 == 2 and device.target == "sm_80"):
             num_warps = 8
         if not hip and itemsize == 4 and (BLOCK_H == 32 if backward else not problem.tf32):
             num_warps *= 2
@@ -274,8 +275,8 @@ def _persistent_layout(
 def _chunks(H: int, longest: int, whole: bool = False, shortest: int = 128) -> tuple[int, int]:
     """Cover H by powers of two: (all chunks but the last, the last).
 
-    No size pays for the next power of two, unless it is to stay `whole` up to `longest`. No chunk is shorter than 128: 16
-    along K for each of 8 warps; and wgmma takes 64 rows, which backward are units.
+    No size pays for the next power of two, unless it is to stay `whole` up to `longest`. The `shortest` is 128: 16 along
+    K for each of 8 warps; and wgmma takes 64 rows, which backward are units.
     """
     full = max(shortest, 1 << (H - 1).bit_length())
     if full <= longest and whole:

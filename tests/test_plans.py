@@ -53,6 +53,8 @@ def test_rows_that_are_not_aligned_have_registers():
         )
 
     assert [plan(H).num_warps for H in (100, 113, 114, 120, 126)] == [16, 16, 8, 16, 8]
+    on_a100 = [choose(problem(H=H, dtype=torch.bfloat16), GPUS["A100"]).num_warps for H in (62, 66, 108, 109, 110)]
+    assert on_a100 == [8, 8, 16, 16, 8]
     assert {plan(H, backward).regime for H in (115, 127) for backward in (False, True)} == {"persistent"}
     assert plan(113, backward=True).regime == plan(126, backward=True).regime == "resident"
     full = {"dtype": torch.float32, "tf32": False}

@@ -26,7 +26,7 @@ def run(*arguments: str) -> str:
 # those of two chunk sizes, one of which streams, a stack's, and wide tiles of odd rows: all of them are some hundred
 # compilations
 SAMPLE = (
-    r"resident.*-H(63|64|113|126|128)-|stepwise.*-H(4095|4096)-.*-b(32|64)-"
+    r"resident.*-H(63|64|110|113|126|128)-|stepwise.*-H(4095|4096)-.*-b(32|64)-"
     r"|persistent-.*(ieee-H512|-H(1024|2048))-h\d+-b16|persistent-.*-H512-h\d+-b16-.*stack"
     r"|forward_persistent-.*-H(639|767)-h16-b32"
 )
