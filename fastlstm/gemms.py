@@ -55,7 +55,7 @@ def sum_of_outer(rows: Tensor, columns: Tensor) -> Tensor:
     """Return rows^T columns, contiguous [M, K] of [N, M] and [N, K]: the gradient of a weight."""
     if rows.device.type != "cpu":
         return rows.t() @ columns
-    # where there is much to add up, a CPU's GEMM is faster in the other order by what the transposition costs, or more
+    # over many rows a CPU's GEMM gains at least as much in the other order as it costs to lay the result out anew
     turned = _are_many(rows, (2 if rows.dtype == torch.float64 else 6) * columns.shape[1])
     left, right = (columns, rows) if turned else (rows, columns)
     if not _in_float32(rows):

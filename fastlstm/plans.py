@@ -275,8 +275,8 @@ def _persistent_layout(
 def _chunks(H: int, longest: int, whole: bool = False, shortest: int = 128) -> tuple[int, int]:
     """Cover H by powers of two: (all chunks but the last, the last).
 
-    No size pays for the next power of two, unless it is to stay `whole` up to `longest`. The `shortest` is 128: 16
-    along K for each of 8 warps; and wgmma takes 64 rows, which backward are units.
+    No size pays for the next power of two, unless it is to stay `whole` up to `longest`. No chunk is under 128,
+    16 along K for each of 8 warps (and wgmma takes 64 rows, which backward are units), nor under `shortest`.
     """
     full = max(shortest, 1 << (H - 1).bit_length())
     if full <= longest and whole:

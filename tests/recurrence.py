@@ -78,7 +78,7 @@ class Run:
         return {name: tensor.cpu() for name, tensor in results.items()}
 
     def check_digits(self, scale: float, regime: str | Plan, device: torch.device) -> None:
-        """Assert that what is of that size is right, by its own size, to some units in the last place of float32."""
+        """Assert that results of numbers of that size are right to some units in the last place of their own size."""
         for tensor in (self.gates_x, self.h0, self.c0):
             tensor *= scale
         results, expected = self.by_kernels(regime, device), self.by_reference(torch.float64)

@@ -66,7 +66,7 @@ def test_two_directions_by_the_loop(dtype, sizes, bound, peak, monkeypatch):
     """Training makes no copy of both directions' weights, nor of a gradient while it is made."""
     monkeypatch.setenv("FASTLSTM_BACKEND", "reference")
     workload = Workload(Shape("s", *sizes), dtype, True, "uniform", bidirectional=True)
-    with Meter(CPU) as meter:
+    with Meter(CPU) as meter:  # that of `peak` may have started without the variable
         ours = meter(workload, OURS)
     stock, _ = peak(workload)
     assert stock
